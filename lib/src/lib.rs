@@ -1,0 +1,4 @@
+//! crxfer moves checkpoint state from a source host to a destination host.
+
+pub mod digest;
+pub mod page;
