@@ -3,4 +3,5 @@
 pub mod delta;
 pub mod digest;
 pub mod page;
+pub mod session;
 pub mod wire;

@@ -102,6 +102,11 @@ pub struct FileMeta {
 }
 
 impl FileMeta {
+    /// Whether it holds pages (`pages-N.img`) rather than messages or other bytes.
+    pub fn is_pages(&self) -> bool {
+        self.name.as_str().starts_with("pages-")
+    }
+
     /// Number of blocks; the last may be shorter than the others.
     pub fn blocks(&self) -> u64 {
         self.size.div_ceil(u64::from(self.block_len))

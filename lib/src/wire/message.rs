@@ -257,7 +257,11 @@ pub enum Message {
         set: u32,
         /// Its root digest.
         root: Digest,
+        /// How many frames carried it: this message may overtake them.
+        frames: u64,
     },
+    /// Either: nothing to say, still at work.
+    Working,
     /// Destination: the set is stored and visible.
     Published(Published),
     /// Either: the end.
@@ -316,7 +320,10 @@ impl Message {
             Self::FileDigests { set, digests } => {
                 Body::FileDigests(v1::FileDigests { set: *set, digests: digests_out(digests) })
             }
-            Self::EndSet { set, root } => Body::EndSet(v1::EndSet { set: *set, root: root.0.to_vec() }),
+            Self::EndSet { set, root, frames } => {
+                Body::EndSet(v1::EndSet { set: *set, root: root.0.to_vec(), frames: *frames })
+            }
+            Self::Working => Body::Working(v1::Working {}),
             Self::Published(published) => Body::Published(published.to_proto()),
             Self::Failure(failure) => Body::Failure(v1::Failure {
                 code: failure.to_proto_code() as i32,
@@ -368,7 +375,8 @@ impl Message {
             Body::FileDigests(m) => {
                 Self::FileDigests { set: m.set, digests: digests_in(&m.digests, limits::DIGESTS_PER_MESSAGE)? }
             }
-            Body::EndSet(end) => Self::EndSet { set: end.set, root: digest_in(&end.root)? },
+            Body::EndSet(end) => Self::EndSet { set: end.set, root: digest_in(&end.root)?, frames: end.frames },
+            Body::Working(v1::Working {}) => Self::Working,
             Body::Published(published) => Self::Published(Published::from_proto(published)?),
             Body::Failure(failure) => Self::Failure(Failure::from_proto(&failure)),
         })
@@ -579,7 +587,8 @@ mod tests {
             Message::BlockIds(at, vec![BlockId([4; 16]); 3]),
             Message::Lacking(at, [true, false, true, true, false, false, false, true].repeat(2)),
             Message::FileDigests { set: 1, digests: vec![Digest([6; 32])] },
-            Message::EndSet { set: 1, root: Digest([5; 32]) },
+            Message::EndSet { set: 1, root: Digest([5; 32]), frames: 9 },
+            Message::Working,
             Message::Published(Published {
                 set: 1,
                 name: "3".into(),

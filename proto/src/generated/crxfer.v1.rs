@@ -3,7 +3,7 @@
 pub struct Control {
     #[prost(
         oneof = "control::Body",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
     )]
     pub body: ::core::option::Option<control::Body>,
 }
@@ -41,6 +41,8 @@ pub mod control {
         Failure(super::Failure),
         #[prost(message, tag = "15")]
         FileDigests(super::FileDigests),
+        #[prost(message, tag = "16")]
+        Working(super::Working),
     }
 }
 /// source -> destination, first message.
@@ -217,7 +219,13 @@ pub struct EndSet {
     pub set: u32,
     #[prost(bytes = "vec", tag = "2")]
     pub root: ::prost::alloc::vec::Vec<u8>,
+    /// how many frames carried it: EndSet may overtake them
+    #[prost(uint64, tag = "3")]
+    pub frames: u64,
 }
+/// either way: nothing to say, still at work (reading a slow disk, storing).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Working {}
 /// destination -> source: the set is checked, stored (durably where the place is) and visible.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Published {
