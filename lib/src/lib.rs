@@ -4,4 +4,6 @@ pub mod delta;
 pub mod digest;
 pub mod page;
 pub mod session;
+pub mod store;
+mod sys;
 pub mod wire;

@@ -102,6 +102,15 @@ pub struct FileMeta {
 }
 
 impl FileMeta {
+    /// A file of this name, size and mode in a directory dumped with pages of `page_size`.
+    pub fn new(name: FileName, mode: u16, size: u64, page_size: PageSize) -> Self {
+        let mut meta = Self { name, mode, size, block_len: OPAQUE_BLOCK };
+        if meta.is_pages() {
+            meta.block_len = u32::try_from(page_size.bytes()).expect("pages have at most 2 MiB");
+        }
+        meta
+    }
+
     /// Whether it holds pages (`pages-N.img`) rather than messages or other bytes.
     pub fn is_pages(&self) -> bool {
         self.name.as_str().starts_with("pages-")

@@ -387,9 +387,9 @@ pub struct SetRecord {
     /// size of the source's files
     #[prost(uint64, tag = "12")]
     pub image_bytes: u64,
-    /// when its name was given to a newer generation; 0: not
-    #[prost(uint64, tag = "13")]
-    pub kept_since_unix_s: u64,
+    /// its name was given to a newer generation
+    #[prost(bool, tag = "13")]
+    pub superseded: bool,
 }
 /// Stands in a directory under .crxfer/partial: whose unfinished transfer its files are.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
