@@ -22,12 +22,12 @@ const CHUNK_LEN: usize = 1024;
 /// Most lanes of any vector unit that the blake3 crate knows (AVX-512).
 const MAX_LANES: usize = 16;
 
-/// Chunks whose chaining values are held at once: 64 pages of 4 KiB. The two buffers (12 KiB) stay
-/// in the first-level cache, and the last tree level of 64 KiB blocks still has four nodes.
+/// Chunks whose chaining values are held at once, if that many blocks fill the lanes: 64 pages of
+/// 4 KiB, whose parent levels then have 128, 64 nodes. The values (8 KiB) stay near the core.
 const GROUP_CHUNKS: usize = 256;
 
-/// Longest block hashed here. Above it BLAKE3 fills its lanes by itself, and a group would hold
-/// too few blocks to gain from joint parent levels.
+/// Longest block hashed here (64 KiB, the largest base page of any architecture). Longer blocks
+/// fill the lanes well by themselves, and 16 of them are rarely at hand.
 const MAX_BLOCK_CHUNKS: usize = 64;
 
 // Domain flags and initial chaining value, as the BLAKE3 paper (section 2.2) gives them.
@@ -66,6 +66,13 @@ struct Batch {
     chunks: usize,
 }
 
+/// Chaining values of one level and of the next, kept from group to group.
+#[derive(Default)]
+struct Scratch {
+    values: Vec<ChainingValue>,
+    parents: Vec<ChainingValue>,
+}
+
 impl Batch {
     /// `None` where the public function is the better or the only way.
     fn new(block_len: usize) -> Option<Self> {
@@ -86,8 +93,10 @@ impl Batch {
         let block_len = self.chunks * CHUNK_LEN;
         let blocks = data.len() / block_len;
         let batched = (blocks - blocks % self.fewest_blocks()) * block_len;
-        for group in data[..batched].chunks(GROUP_CHUNKS * CHUNK_LEN) {
-            self.hash_group(group, out);
+        let group_blocks = self.lanes.max(GROUP_CHUNKS / self.chunks);
+        let mut scratch = Scratch::default();
+        for group in data[..batched].chunks(group_blocks * block_len) {
+            self.hash_group(group, &mut scratch, out);
         }
         batched
     }
@@ -95,49 +104,35 @@ impl Batch {
     /// The number of blocks below which a batch gains nothing over one block at a time.
     fn fewest_blocks(&self) -> usize {
         if self.chunks >= self.lanes {
-            1
+            self.lanes
         } else {
-            // AVX-512 code falls back to eight lanes before it goes one by one.
+            // The AVX-512 code does eight lanes at a time before it goes one by one.
             self.lanes.min(8)
         }
     }
 
-    fn hash_group(&self, group: &[u8], out: &mut Vec<Digest>) {
-        let mut values = [[0; 32]; GROUP_CHUNKS];
-        let mut parents = [[0; 32]; GROUP_CHUNKS / 2];
+    fn hash_group(&self, group: &[u8], scratch: &mut Scratch, out: &mut Vec<Digest>) {
+        let Scratch { values, parents } = scratch;
         let (chunks, _) = group.as_chunks::<CHUNK_LEN>();
-        let mut width = chunks.len();
-        if self.chunks >= self.lanes {
-            self.leaves_along_blocks(chunks, &mut values[..width]);
-        } else {
-            self.leaves_across_blocks(chunks, &mut values[..width]);
+        let roots = chunks.len() / self.chunks;
+        values.resize(chunks.len(), [0; 32]);
+        self.hash_chunks(chunks, values);
+        // Siblings lie side by side, so each level is one pass over pairs, whatever their block.
+        while values.len() > roots {
+            parents.resize(values.len() / 2, [0; 32]);
+            let root_flag = if parents.len() == roots { FLAG_ROOT } else { 0 };
+            self.join_pairs(values, FLAG_PARENT | root_flag, parents);
+            std::mem::swap(values, parents);
         }
-        // Siblings lie side by side, so every level is one pass over pairs, blocks regardless.
-        let roots = width / self.chunks;
-        while width > roots {
-            let root_flag = if width / 2 == roots { FLAG_ROOT } else { 0 };
-            let next = &mut parents[..width / 2];
-            self.join_pairs(&values[..width], FLAG_PARENT | root_flag, next);
-            values[..width / 2].copy_from_slice(next);
-            width /= 2;
-        }
-        out.extend(values[..roots].iter().copied().map(Digest));
+        out.extend(values.iter().copied().map(Digest));
     }
 
-    /// Leaves of blocks that fill the lanes by themselves.
-    fn leaves_along_blocks(&self, chunks: &[Chunk], values: &mut [ChainingValue]) {
-        for (block, values) in chunks
-            .chunks(self.chunks)
-            .zip(values.chunks_mut(self.chunks))
-        {
-            let inputs: [&Chunk; MAX_BLOCK_CHUNKS] =
-                std::array::from_fn(|i| block.get(i).unwrap_or(&[0; CHUNK_LEN]));
-            self.hash_leaves(&inputs[..block.len()], 0, IncrementCounter::Yes, values);
-        }
-    }
-
-    /// Leaves of short blocks: chunk `i` of as many blocks as there are lanes.
-    fn leaves_across_blocks(&self, chunks: &[Chunk], values: &mut [ChainingValue]) {
+    /// Chunk `i` of as many blocks as there are lanes in one call, for each `i`.
+    ///
+    /// Blocks that could fill the lanes alone are done this way too: the processor reads ahead in
+    /// 16 places a block apart better than in 16 that follow each other (measured with 64 KiB
+    /// blocks: 1.13 times as fast).
+    fn hash_chunks(&self, chunks: &[Chunk], values: &mut [ChainingValue]) {
         let stripe = self.chunks * self.lanes;
         for (stripe, values) in chunks.chunks(stripe).zip(values.chunks_mut(stripe)) {
             let blocks = stripe.len() / self.chunks;
@@ -148,27 +143,20 @@ impl Batch {
                         .unwrap_or(&[0; CHUNK_LEN])
                 });
                 let mut lanes = [[0; 32]; MAX_LANES];
-                let lanes = &mut lanes[..blocks];
-                self.hash_leaves(&inputs[..blocks], i as u64, IncrementCounter::No, lanes);
-                for (lane, value) in lanes.iter().enumerate() {
+                self.hash_leaves(&inputs[..blocks], i as u64, &mut lanes[..blocks]);
+                for (lane, value) in lanes[..blocks].iter().enumerate() {
                     values[lane * self.chunks + i] = *value;
                 }
             }
         }
     }
 
-    fn hash_leaves(
-        &self,
-        inputs: &[&Chunk],
-        counter: u64,
-        increment: IncrementCounter,
-        values: &mut [ChainingValue],
-    ) {
+    fn hash_leaves(&self, inputs: &[&Chunk], counter: u64, values: &mut [ChainingValue]) {
         self.platform.hash_many(
             inputs,
             &INITIAL_VALUE,
             counter,
-            increment,
+            IncrementCounter::No,
             0,
             FLAG_CHUNK_START,
             FLAG_CHUNK_END,

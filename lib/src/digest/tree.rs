@@ -119,8 +119,14 @@ mod tests {
     fn digests_do_not_change_between_versions() {
         let segment = segment_digest(&digests(3));
         let file = file_digest(3 * 4096, 4096, &[segment]);
-        assert_eq!(format!("{segment:x}"), "a82fbe5831f5726699bf9e085af66dd114ebbf0c5acbaa079d43ddb86347d37f");
-        assert_eq!(format!("{file:x}"), "2a05691dc62f10c9b512020e0cfb040093f150b958df4612972710b0f6cc106d");
+        assert_eq!(
+            format!("{segment:x}"),
+            "a82fbe5831f5726699bf9e085af66dd114ebbf0c5acbaa079d43ddb86347d37f"
+        );
+        assert_eq!(
+            format!("{file:x}"),
+            "2a05691dc62f10c9b512020e0cfb040093f150b958df4612972710b0f6cc106d"
+        );
     }
 
     #[test]
