@@ -2,6 +2,7 @@
 
 pub mod delta;
 pub mod digest;
+pub mod image;
 pub mod page;
 pub mod session;
 pub mod store;
