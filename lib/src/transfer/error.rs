@@ -14,6 +14,17 @@ pub enum TransferError {
     /// The source directory cannot be sent.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The source directory is damaged.
+    #[error("{}: {what}; take the dump again", directory.display())]
+    Incomplete {
+        /// The directory.
+        directory: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The set cannot be stored in the layout that was asked for.
+    #[error("{0}")]
+    Layout(String),
     /// The name cannot be that of a set.
     #[error("{0}; give another with --name")]
     Name(#[from] BadName),
@@ -63,7 +74,7 @@ impl TransferError {
             Self::Session(error) => return error.to_failure(),
             Self::Transport(TransportError::MessageTooLong { .. } | TransportError::CutShort) => FailureCode::Protocol,
             Self::Transport(_) | Self::Connect(_) | Self::Bind(_) => return None,
-            Self::Image(_) => FailureCode::Image,
+            Self::Image(_) | Self::Incomplete { .. } | Self::Layout(_) => FailureCode::Image,
             Self::Name(_) => FailureCode::Name,
             Self::Read { .. } => FailureCode::Internal,
             Self::Store(StoreError::Foreign(_) | StoreError::NotYours(_)) => FailureCode::Name,

@@ -11,7 +11,7 @@ use rustix::fs::SeekFrom;
 use super::TransferError;
 use crate::delta::{FileMeta, FileName, SetName};
 use crate::digest::{Digest, hash_blocks};
-use crate::image::{FileStat, ImageDir, Inventory, Listing, ParentLinks};
+use crate::image::{Chain, Completeness, FileStat, ImageDir, ImageError, Inventory, Listing};
 use crate::page::PageSize;
 use crate::session::{SessionError, SetPlan};
 use crate::wire::limits;
@@ -31,6 +31,10 @@ pub(super) struct SourceSet {
 impl SourceSet {
     fn open(dir: ImageDir, page_size: PageSize) -> Result<Self, TransferError> {
         let listing = dir.list()?;
+        if listing.files.len() > limits::FILES as usize {
+            let (directory, limit) = (dir.path().to_owned(), limits::FILES as usize);
+            return Err(ImageError::TooManyFiles { directory, limit }.into());
+        }
         let mut files = Vec::with_capacity(listing.files.len());
         for file in &listing.files {
             let mode = u16::try_from(file.stat.mode & 0o777).expect("nine bits");
@@ -47,7 +51,7 @@ impl SourceSet {
             io::ErrorKind::UnexpectedEof => SessionError::Changed(info.name.clone()).into(),
             _ => TransferError::Read { path: self.dir.path().join(&info.name), source },
         };
-        if info.stat.is_sparse() && is_hole(&handle, &range) {
+        if info.stat.allocated < info.stat.size && is_hole(&handle, &range) {
             return Ok(None);
         }
         let len = usize::try_from(range.end - range.start).expect("a segment fits into memory");
@@ -113,8 +117,9 @@ impl SourceSet {
     }
 }
 
+// How much space a file takes can change by itself, when the file system gets round to writing.
 fn same(a: &FileStat, b: &FileStat) -> bool {
-    a == b
+    FileStat { allocated: 0, ..*a } == FileStat { allocated: 0, ..*b }
 }
 
 fn is_hole(file: &File, range: &std::ops::Range<u64>) -> bool {
@@ -132,59 +137,32 @@ pub(super) fn plan(
     base_name: Option<SetName>,
     page_size: Option<PageSize>,
 ) -> Result<(Vec<SourceSet>, Vec<SetPlan>), TransferError> {
-    let dirs = open_chain(ImageDir::open(directory)?)?;
-    let page_size = page_size.map_or_else(|| found_page_size(directory), Ok)?;
-    let name = match name {
-        Some(name) => name,
-        None => SetName::new(own_name(directory))?,
-    };
+    let chain = Chain::open(directory, page_size)?;
+    if let damaged @ Completeness::Damaged(_) = chain.completeness() {
+        return Err(TransferError::Incomplete { directory: directory.to_owned(), what: damaged.to_string() });
+    }
+    let name = name.map_or_else(|| SetName::new(own_name(directory)), Ok)?;
+    let page_size = chain.page_size();
     let mut sets = Vec::new();
     let mut plans = Vec::new();
-    let last = dirs.len() - 1;
-    for (index, (dir, link)) in dirs.into_iter().rev().enumerate() {
-        let is_last = index == last;
+    for level in (0..chain.levels().len()).rev() {
+        let dir = chain.open_dir(level)?;
+        let is_last = level == 0;
         let ancestor_name = SetName::new(own_name(dir.path())).unwrap_or_else(|_| name.clone());
         let image_version = image_version(&dir)?;
         let set = SourceSet::open(dir, page_size)?;
-        if set.files.is_empty() {
-            return Err(crate::image::ImageError::Empty(set.dir.path().to_owned()).into());
-        }
-        if set.files.len() > limits::FILES as usize {
-            let (directory, limit) = (set.dir.path().to_owned(), limits::FILES as usize);
-            return Err(crate::image::ImageError::TooManyFiles { directory, limit }.into());
-        }
         plans.push(SetPlan {
             name: if is_last { name.clone() } else { ancestor_name },
             page_size,
             image_version,
-            parent_link: link,
+            parent_link: set.listing.parent.as_ref().map(|link| link.text.clone()),
             files: set.files.clone(),
-            base_name: if is_last { base_name.clone() } else { None },
+            base_name: base_name.clone().filter(|_| is_last),
             leaves: if is_last { None } else { Some(set.leaves()?) },
         });
         sets.push(set);
     }
     Ok((sets, plans))
-}
-
-// The directory and its ancestors with the texts of their links, the newest first.
-fn open_chain(newest: ImageDir) -> Result<Vec<(ImageDir, Option<String>)>, TransferError> {
-    let mut chain = Vec::new();
-    let mut next = Some(newest);
-    while let Some(dir) = next {
-        let link = dir.list()?.parent.map(|link| link.text);
-        next = dir.open_parent(ParentLinks::Relative)?;
-        let looped = chain.iter().any(|(seen, _): &(ImageDir, _)| seen.id() == dir.id());
-        if looped {
-            return Err(crate::image::ImageError::ParentLoop(dir.path().to_owned()).into());
-        }
-        if chain.len() > limits::CHAIN {
-            let error = crate::image::ImageError::ChainTooDeep { directory: dir.path().to_owned(), limit: limits::CHAIN };
-            return Err(error.into());
-        }
-        chain.push((dir, link));
-    }
-    Ok(chain)
 }
 
 fn image_version(dir: &ImageDir) -> Result<u32, TransferError> {
@@ -196,8 +174,4 @@ fn image_version(dir: &ImageDir) -> Result<u32, TransferError> {
 fn own_name(directory: &Path) -> String {
     let path = std::fs::canonicalize(directory).unwrap_or_else(|_| PathBuf::from(directory));
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
-fn found_page_size(_directory: &Path) -> Result<PageSize, TransferError> {
-    Ok(PageSize::of_host())
 }
