@@ -1,4 +1,5 @@
 //! crxfer moves checkpoint state from a source host to a destination host.
 
+pub mod delta;
 pub mod digest;
 pub mod page;
