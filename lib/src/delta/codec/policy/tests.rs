@@ -48,6 +48,7 @@ struct Report {
     one: usize,
     three: usize,
     probes: usize,
+    probe_seconds: f64,
 }
 
 impl World {
@@ -129,6 +130,7 @@ fn transfer(policy: &mut CodecPolicy, frames: &Frames) -> Report {
         while let Step::Probe { level, bytes } = step {
             world.report.probes += 1;
             let result = world.compress(data, level, bytes);
+            world.report.probe_seconds += result.took.as_secs_f64();
             step = policy.on_probed(result);
         }
         let mut bytes = FRAME;
@@ -210,6 +212,8 @@ fn noise_goes_raw_on_any_link() {
         let frames = frames(1000, Data::Noise, link);
         let report = assert_near_oracle(&frames, 1.01);
         assert_eq!(report.raw, 1000, "{report:?}");
+        // Even where the link hides it: this is CPU that both hosts could use.
+        assert!(report.probe_seconds < report.seconds / 100.0, "{report:?}");
     }
 }
 
@@ -307,6 +311,23 @@ fn link_estimate_is_what_the_link_took() {
         let ratio = policy.link_bytes_per_s().unwrap() / link;
         assert!((0.9..1.1).contains(&ratio), "{ratio}");
     }
+}
+
+#[test]
+fn link_estimate_never_exceeds_what_the_waiting_allows() {
+    let mut policy = CodecPolicy::new(1);
+    policy.assume_link(50e6);
+    for _ in 0..1000 {
+        // A fifth of the time was waiting, in which the link took at most these bytes.
+        policy.on_sent(Sent {
+            bytes: 1 << 20,
+            waited: Duration::from_millis(2),
+            interval: Duration::from_millis(10),
+        });
+    }
+    let most = f64::from(1 << 20) / 0.002;
+    let estimate = policy.link_bytes_per_s().unwrap();
+    assert!((most * 0.99..most * 1.01).contains(&estimate), "{estimate}");
 }
 
 #[test]
