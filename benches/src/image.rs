@@ -29,7 +29,7 @@ const ANON_PRIVATE: u64 = 1 | 1 << 9;
 /// CRIU's own bound on a run with the default pipe size.
 const RUN_BYTES: u64 = 1 << 20;
 /// Runs between two holes, so that the pagemap is not one flat range.
-const RUNS_PER_REGION: u64 = 64;
+const RUNS_PER_REGION: usize = 64;
 const FIRST_ADDRESS: u64 = 0x5600_0000_0000;
 
 const PID: u64 = 4;
@@ -130,7 +130,7 @@ fn runs(spec: &ImageSpec) -> Vec<(u64, u64)> {
         runs.push((address, pages));
         address += pages * page_len;
         left -= pages;
-        if runs.len() as u64 % RUNS_PER_REGION == 0 {
+        if runs.len().is_multiple_of(RUNS_PER_REGION) {
             address += page_len;
         }
     }

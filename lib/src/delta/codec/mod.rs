@@ -18,7 +18,7 @@ pub use policy::{CodecPolicy, Compressed, Sent, Step};
 pub enum Level {
     /// zstd level 1: the fastest that still finds repetitions at a distance.
     One,
-    /// zstd level 3: a third of the speed for a few per cent less; for links of some MB/s.
+    /// zstd level 3: half to two thirds of the speed for some 5 % less; for links of some MB/s.
     Three,
 }
 

@@ -10,7 +10,10 @@ const SOURCE_COST: f64 = 1.0 / 3e9;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Data {
+    /// Repeats a lot, like logs.
     Text,
+    /// Words in any order, which zstd searches long.
+    Words,
     Noise,
     /// Shrinks by a seventh only.
     Dense,
@@ -22,8 +25,10 @@ impl Data {
         match (self, level) {
             (Self::Text, Level::One) => (1.0 / 1.2e9, 0.33),
             (Self::Text, Level::Three) => (1.0 / 0.4e9, 0.28),
-            (Self::Noise, Level::One) => (1.0 / 1.3e9, 1.0),
-            (Self::Noise, Level::Three) => (1.0 / 0.8e9, 1.0),
+            (Self::Words, Level::One) => (1.0 / 0.22e9, 0.36),
+            (Self::Words, Level::Three) => (1.0 / 0.14e9, 0.34),
+            (Self::Noise, Level::One) => (1.0 / 8.0e9, 1.0),
+            (Self::Noise, Level::Three) => (1.0 / 4.2e9, 1.0),
             (Self::Dense, Level::One) => (1.0 / 0.5e9, 0.86),
             (Self::Dense, Level::Three) => (1.0 / 0.2e9, 0.85),
         }
@@ -247,6 +252,23 @@ fn change_of_data_is_followed_within_some_frames() {
         let report = assert_near_oracle(&frames, 1.06);
         assert!(report.raw > 300, "noise went through zstd: {report:?}");
     }
+}
+
+#[test]
+fn slow_data_after_fast_data_is_judged_by_itself() {
+    let kinds = [
+        Data::Noise,
+        Data::Words,
+        Data::Text,
+        Data::Words,
+        Data::Noise,
+    ];
+    for link in [50e6, 300e6, 640e6] {
+        let frames = kinds.map(|data| frames(200, data, link)).concat();
+        assert_near_oracle(&frames, 1.06);
+    }
+    let words = run(&frames(500, Data::Words, 640e6));
+    assert_eq!(words.raw, 500, "{words:?}");
 }
 
 #[test]
