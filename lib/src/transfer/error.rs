@@ -5,7 +5,8 @@ use crate::delta::BadName;
 use crate::image::ImageError;
 use crate::session::SessionError;
 use crate::store::StoreError;
-use crate::transport::{BindError, CloseCode, ConnectError, TransportError};
+use crate::ticket::TicketError;
+use crate::transport::{BindError, CloseCode, ConnectError, IdentityError, TransportError};
 use crate::wire::{Failure, FailureCode};
 
 /// Why a transfer ended early, sorted by where the fault lies.
@@ -39,6 +40,12 @@ pub enum TransferError {
     /// No connection came about.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// This host's key could not be read or made.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// A ticket cannot be made.
+    #[error(transparent)]
+    Ticket(#[from] TicketError),
     /// The receiving socket could not be opened.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -73,7 +80,7 @@ impl TransferError {
         let code = match self {
             Self::Session(error) => return error.to_failure(),
             Self::Transport(TransportError::MessageTooLong { .. } | TransportError::CutShort) => FailureCode::Protocol,
-            Self::Transport(_) | Self::Connect(_) | Self::Bind(_) => return None,
+            Self::Transport(_) | Self::Connect(_) | Self::Bind(_) | Self::Identity(_) | Self::Ticket(_) => return None,
             Self::Image(_) | Self::Incomplete { .. } | Self::Layout(_) => FailureCode::Image,
             Self::Name(_) => FailureCode::Name,
             Self::Read { .. } => FailureCode::Internal,

@@ -7,6 +7,7 @@ mod chain;
 mod error;
 mod event;
 mod files;
+mod pack;
 mod plan;
 mod recv;
 mod send;

@@ -26,7 +26,7 @@ use crate::transport::{
 use crate::wire::{Failure, Message, Op, Published, SegmentAt, limits};
 
 /// Streams that carry frames. Two keep one frame's preparation from holding up the next.
-const BULK_STREAMS: usize = 2;
+pub(super) const BULK_STREAMS: usize = 2;
 
 /// Bytes of segments that are kept between hashing and sending.
 const KEPT_BYTES: usize = 16 << 20;
@@ -147,6 +147,8 @@ enum Input {
 }
 
 struct FrameJob {
+    // Number of the set in the session; in `at` stands its index in the plan.
+    number: u32,
     at: SegmentAt,
     ops: Vec<Op>,
     bytes: Option<Bytes>,
@@ -247,7 +249,7 @@ impl<'a> Driver<'a> {
             SourceCommand::SendFrame(at, ops) => {
                 let bytes = self.kept.take(at);
                 // Fails only when the senders have failed, which an input says.
-                let _ = self.frames.send(FrameJob { at: self.in_plan(at), ops, bytes });
+                let _ = self.frames.send(FrameJob { number: at.set, at: self.in_plan(at), ops, bytes });
             }
             SourceCommand::Finish(published) => return Ok(Some(published)),
         }
@@ -393,7 +395,7 @@ async fn send_frames(
 
 async fn send_frame(stream: &mut BulkSender, job: FrameJob, packer: &Arc<Packer>) -> Result<u64, TransferError> {
     let packing = packer.clone();
-    let pack = spawn_blocking(move || packing.pack(job.at, &job.ops, job.bytes));
+    let pack = spawn_blocking(move || packing.pack(job.at, job.number, &job.ops, job.bytes));
     let Packed { mut parts, compressed_pages, wire_len } = pack.await.expect("packing does not panic")?;
     packer.wait_for_rate().await;
     let begun = packer.clock();

@@ -5,6 +5,7 @@
 //! joins the two for a caller that has a clock. Nothing here does I/O or reads time by itself.
 
 use std::io;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use zstd::zstd_safe;
@@ -200,14 +201,16 @@ fn check_frame(data: &[u8], expected_len: usize) -> Result<(), DecompressError> 
 
 /// Packs one frame as `policy` decides: its zstd form, or `None` to send `data` as it is.
 ///
-/// `clock` gives time since any fixed moment; it is asked around each use of zstd. Report the
-/// sending with [`CodecPolicy::on_sent`] afterwards.
+/// Several threads may pack side by side: the policy is locked only while it decides. `clock` gives
+/// time since any fixed moment; it is asked around each use of zstd. Report the sending with
+/// [`CodecPolicy::on_sent`] afterwards.
 pub fn pack(
-    policy: &mut CodecPolicy,
+    policy: &Mutex<CodecPolicy>,
     compressor: &mut Compressor,
     data: &[u8],
     mut clock: impl FnMut() -> Duration,
 ) -> Result<Option<Vec<u8>>, CompressError> {
+    let decide = || policy.lock().unwrap_or_else(PoisonError::into_inner);
     let mut timed = |level, input: &[u8]| {
         let begin = clock();
         let packed = compressor.compress(level, input)?;
@@ -219,10 +222,10 @@ pub fn pack(
         };
         Ok((packed, result))
     };
-    let mut step = policy.next_frame(data.len());
+    let mut step = decide().next_frame(data.len());
     while let Step::Probe { level, bytes } = step {
         let (packed, result) = timed(level, &data[..bytes])?;
-        step = policy.on_probed(result);
+        step = decide().on_probed(result);
         if step == Step::Compress(level) && bytes == data.len() {
             return Ok(policy::is_smaller(&result).then_some(packed));
         }
@@ -231,7 +234,7 @@ pub fn pack(
         return Ok(None);
     };
     let (packed, result) = timed(level, data)?;
-    Ok(policy.on_compressed(result).then_some(packed))
+    Ok(decide().on_compressed(result).then_some(packed))
 }
 
 #[cfg(test)]
