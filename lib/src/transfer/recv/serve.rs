@@ -284,9 +284,13 @@ async fn read_streams(connection: Connection, input: mpsc::Sender<Input>) {
     while let Ok(stream) = connection.accept_bulk().await {
         let input = input.clone();
         tokio::spawn(async move {
-            if let Err(error) = read_frames(stream, &input).await {
-                let _ = input.send(Input::Failed(error)).await;
-            }
+            let ended = match read_frames(stream, &input).await {
+                Ok(()) => return,
+                // The source may leave when it has been told that all is stored.
+                Err(TransferError::Transport(error)) => Input::ControlEnded(Some(error)),
+                Err(error) => Input::Failed(error),
+            };
+            let _ = input.send(ended).await;
         });
     }
 }
