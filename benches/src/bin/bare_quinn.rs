@@ -149,6 +149,11 @@ async fn receive(setup: &Setup, into: &str, address: &str) -> Result<()> {
         reply.write_message(b"written").await?;
     }
     connection.close_and_tell(CloseCode::Done, "").await;
+    eprintln!(
+        "{{\"receiver_cpu_s\":{:.2},\"receiver_peak_rss_kib\":{}}}",
+        cpu_seconds(),
+        status("VmHWM:")
+    );
     Ok(())
 }
 
