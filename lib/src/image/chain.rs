@@ -386,3 +386,6 @@ fn exact_page_size(pagemap: &Pagemap, size: u64) -> Option<PageSize> {
 fn shown(directory: &Path, name: &str) -> String {
     directory.join(name).display().to_string()
 }
+
+#[cfg(test)]
+mod tests;
