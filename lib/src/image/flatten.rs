@@ -364,3 +364,6 @@ fn is_durable(directory: impl AsFd) -> bool {
     let in_memory = |kind: u64| kind == TMPFS_MAGIC || kind == RAMFS_MAGIC;
     !rustix::fs::fstatfs(directory).is_ok_and(|status| in_memory(status.f_type.cast_unsigned()))
 }
+
+#[cfg(test)]
+mod tests;

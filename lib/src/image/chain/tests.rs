@@ -206,3 +206,19 @@ fn a_process_tree_that_cannot_be_read_is_damage() {
     };
     assert_eq!(problems[0].file, "pstree.img");
 }
+
+#[test]
+fn a_pages_file_that_changed_since_is_not_read() {
+    let (place, newest) = deep_chain(2);
+    let chain = Chain::open(&newest, None).unwrap();
+    assert!(chain.open_pages(1, NAME).is_ok());
+    let path = place.path().join("1/pages-1.img");
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(9 * 4096)
+        .unwrap();
+    let error = chain.open_pages(1, NAME).unwrap_err();
+    assert!(matches!(error, ImageError::Changed(found) if found == path));
+}
