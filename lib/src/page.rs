@@ -42,7 +42,7 @@ impl PageSize {
     }
 
     /// Size in bytes, as a length in memory.
-    pub fn len(self) -> usize {
+    pub fn byte_len(self) -> usize {
         1 << self.shift
     }
 

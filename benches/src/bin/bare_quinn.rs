@@ -10,6 +10,8 @@
 //! `--cc NAME` `--no-gso` `--threads N` (0: single-thread runtime) `--copy` (write from a buffer in
 //! place of handing it over) `--block BYTES` `--discard` (receive without writing).
 
+#![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;

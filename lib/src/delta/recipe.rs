@@ -465,10 +465,9 @@ impl Recipe {
         if exists
             && self.file(from.file).block_bytes(from.block)
                 == self.file(at.file).block_bytes(at.block)
+            && let (digest, Place::Staged) = self.block(from)
         {
-            if let (digest, Place::Staged) = self.block(from) {
-                return Ok(digest);
-            }
+            return Ok(digest);
         }
         Err(RecipeError::BadReference {
             name: self.file(at.file).name.to_string(),

@@ -130,7 +130,7 @@ fn flatten_memory(
     let pages_name = pages_file_name(id);
     let path = target.path.join(&pages_name);
     let file = target.create_file(&pages_name, mode(&pages_file_name(old.pages_id())))?;
-    let page_len = pagemap.page_size().len();
+    let page_len = pagemap.page_size().byte_len();
     let (mut offset, mut zero_pages) = (0, 0);
     for run in &runs {
         if run.source == Source::Zero {

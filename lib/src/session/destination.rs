@@ -270,13 +270,12 @@ impl Destination {
                 theirs: format!("{low} to {high}"),
             });
         }
-        if let Some(expected) = &self.config.expected_proof {
-            if !hello
+        if let Some(expected) = &self.config.expected_proof
+            && !hello
                 .ticket_proof
                 .is_some_and(|given| equal_in_constant_time(&given, expected))
-            {
-                return Err(SessionError::Ticket);
-            }
+        {
+            return Err(SessionError::Ticket);
         }
         self.send(Message::Welcome(Welcome {
             version,

@@ -240,11 +240,11 @@ impl Store {
         let own_name = new.name.as_deref() == Some(named.as_str());
         let is_right =
             !named.is_empty() && !own_name && inode(&self.root.join(&named)) == Some(record.inode);
-        if let (Some(text), true) = (&new.keep_link, is_right) {
-            if *text == format!("../{named}") {
-                symlink(text, &link).tried("create", &link)?;
-                return Ok(shown);
-            }
+        if let (Some(text), true) = (&new.keep_link, is_right)
+            && *text == format!("../{named}")
+        {
+            symlink(text, &link).tried("create", &link)?;
+            return Ok(shown);
         }
         self.pin(record, records)?;
         let text = match new.name {

@@ -463,10 +463,10 @@ impl Staged {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        if let Some(stage) = self.take_stage() {
-            if let Err(error) = self.store.abandon(stage) {
-                tracing::warn!("{error}; what arrived will be sent again");
-            }
+        if let Some(stage) = self.take_stage()
+            && let Err(error) = self.store.abandon(stage)
+        {
+            tracing::warn!("{error}; what arrived will be sent again");
         }
     }
 }
