@@ -170,7 +170,8 @@ impl Index {
     pub fn find(&self, id: BlockId) -> Option<(Digest, BlockRef)> {
         let mask = self.slots - 1;
         let mut slot = slot_of(id, mask);
-        loop {
+        // A whole index has empty slots; a damaged one may have none, and must not hold us up.
+        for _ in 0..self.slots {
             let number = self.slot(slot).checked_sub(1)? as usize;
             if number >= self.blocks() {
                 return None;
@@ -181,6 +182,7 @@ impl Index {
             }
             slot = (slot + 1) & mask;
         }
+        None
     }
 
     fn blocks(&self) -> usize {
