@@ -297,33 +297,41 @@ impl Recipe {
 
     /// Takes the ids of a segment's blocks and returns which of them must be sent.
     ///
-    /// `find` looks an id up among what the destination holds.
+    /// `found` has one entry for each id: what the destination holds under it.
+    ///
+    /// # Panics
+    /// If `found` has another length than `ids`.
     pub fn set_ids(
         &mut self,
         file: u32,
         segment: u64,
         ids: &[BlockId],
-        mut find: impl FnMut(BlockId) -> Option<(Digest, Place)>,
+        found: &[Option<(Digest, Place)>],
     ) -> Result<Vec<bool>, RecipeError> {
+        assert_eq!(found.len(), ids.len(), "one answer for each id");
         self.check_new(file, segment, ids.len() as u64)?;
         let first = self.file(file).segment_range(segment).start;
-        let zero_id = BlockId::of(&zero_digest(self.file(file).block_bytes(first)));
+        let zero_id = |block| BlockId::of(&zero_digest(self.file(file).block_bytes(block)));
+        // Only the last block of a file can be shorter than the others.
+        let last = first + (ids.len() as u64 - 1);
+        let (zero, last_zero) = (zero_id(first), zero_id(last));
         let mut lacking = vec![false; ids.len()];
         // The digests go in first: FirstSeen compares through them.
         let digests = ids.iter().map(|id| id.as_prefix()).collect();
         let places = vec![Place::Wanted.pack(); ids.len()].into();
         self.put(file, segment, Segment::Blocks { digests, places });
-        for (index, &id) in ids.iter().enumerate() {
+        for (index, (&id, found)) in ids.iter().zip(found).enumerate() {
             let at = BlockRef {
                 file,
                 block: first + index as u64,
             };
-            let (digest, place) = if id == zero_id {
+            let zero = if at.block == last { last_zero } else { zero };
+            let (digest, place) = if id == zero {
                 (
                     zero_digest(self.file(file).block_bytes(at.block)),
                     Place::Zero,
                 )
-            } else if let Some(found) = find(id) {
+            } else if let Some(found) = *found {
                 found
             } else {
                 let files = &self.files;

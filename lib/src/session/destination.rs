@@ -177,18 +177,20 @@ impl Destination {
         Ok(())
     }
 
-    /// The blocks that were looked for, in the order of the ids.
+    /// The blocks that were looked for, one entry for each of the ids.
+    ///
+    /// # Panics
+    /// If `found` has another length than `ids`.
     pub fn handle_blocks_found(
         &mut self,
         at: SegmentAt,
         ids: &[BlockId],
-        found: Vec<Option<(Digest, Place)>>,
+        found: &[Option<(Digest, Place)>],
     ) -> Result<(), SessionError> {
         let receiving = self.receiving(at.set)?;
-        let mut found = found.into_iter();
         let lacking = receiving
             .recipe
-            .set_ids(at.file, at.segment, ids, |_| found.next().flatten())?;
+            .set_ids(at.file, at.segment, ids, found)?;
         self.send(Message::Lacking(at, lacking));
         Ok(())
     }

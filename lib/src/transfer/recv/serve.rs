@@ -24,7 +24,7 @@ use crate::transfer::event::{Event, Received};
 use crate::transfer::{TransferError, software};
 use crate::transport::{BulkReceiver, Connection, ControlReceiver, ControlSender, TransportError};
 use crate::wire::{
-    BeginSet, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError,
+    BeginSet, BlockId, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError,
     decode_ops, limits,
 };
 
@@ -222,8 +222,9 @@ impl<'a> Driver<'a> {
                 self.destination.handle_segment_found(at, found)?;
             }
             DestinationCommand::FindBlocks(at, ids) => {
-                let found = ids.iter().map(|id| self.held.as_ref()?.find(*id)).collect();
-                self.destination.handle_blocks_found(at, &ids, found)?;
+                let find = |id: &BlockId| self.held.as_ref()?.find(*id);
+                let found: Vec<_> = ids.iter().map(find).collect();
+                self.destination.handle_blocks_found(at, &ids, &found)?;
             }
             DestinationCommand::Store(job) => self.store(job),
         }
