@@ -295,13 +295,13 @@ impl Recipe {
 
     /// Takes the ids of a segment's blocks and returns which of them must be sent.
     ///
-    /// `find` looks an id up among what the destination holds.
+    /// `found` says for each id, in their order, whether and where the destination holds the block.
     pub fn set_ids(
         &mut self,
         file: u32,
         segment: u64,
         ids: &[BlockId],
-        mut find: impl FnMut(BlockId) -> Option<(Digest, Place)>,
+        found: &[Option<(Digest, Place)>],
     ) -> Result<Vec<bool>, RecipeError> {
         self.check_new(file, segment, ids.len() as u64)?;
         let first = self.file(file).segment_range(segment).start;
@@ -321,7 +321,7 @@ impl Recipe {
                     zero_digest(self.file(file).block_bytes(at.block)),
                     Place::Zero,
                 )
-            } else if let Some(found) = find(id) {
+            } else if let Some(found) = found[index] {
                 found
             } else {
                 let files = &self.files;

@@ -182,13 +182,12 @@ impl Destination {
         &mut self,
         at: SegmentAt,
         ids: &[BlockId],
-        found: Vec<Option<(Digest, Place)>>,
+        found: &[Option<(Digest, Place)>],
     ) -> Result<(), SessionError> {
         let receiving = self.receiving(at.set)?;
-        let mut found = found.into_iter();
         let lacking = receiving
             .recipe
-            .set_ids(at.file, at.segment, ids, |_| found.next().flatten())?;
+            .set_ids(at.file, at.segment, ids, found)?;
         self.send(Message::Lacking(at, lacking));
         Ok(())
     }

@@ -222,8 +222,8 @@ impl<'a> Driver<'a> {
                 self.destination.handle_segment_found(at, found)?;
             }
             DestinationCommand::FindBlocks(at, ids) => {
-                let found = ids.iter().map(|id| self.held.as_ref()?.find(*id)).collect();
-                self.destination.handle_blocks_found(at, &ids, found)?;
+                let found: Vec<_> = ids.iter().map(|id| self.held.as_ref()?.find(*id)).collect();
+                self.destination.handle_blocks_found(at, &ids, &found)?;
             }
             DestinationCommand::Store(job) => self.store(job),
         }
