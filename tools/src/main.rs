@@ -114,6 +114,7 @@ async fn run(cli: Cli) -> Result<(), Box<dyn std::error::Error>> {
                 identity: Identity::load_or_create(
                     &PathBuf::from(state).join(".local/state/crxfer/identity.pem"),
                 )?,
+                memo: std::env::var_os("CRXFER_MEMO").map(Into::into),
                 transport: Options::default(),
                 events: Events::none(),
             })

@@ -185,9 +185,7 @@ impl Destination {
         found: &[Option<(Digest, Place)>],
     ) -> Result<(), SessionError> {
         let receiving = self.receiving(at.set)?;
-        let lacking = receiving
-            .recipe
-            .set_ids(at.file, at.segment, ids, found)?;
+        let lacking = receiving.recipe.set_ids(at.file, at.segment, ids, found)?;
         self.send(Message::Lacking(at, lacking));
         Ok(())
     }

@@ -141,6 +141,7 @@ pub struct Source {
     state: State,
     sending: Sending,
     published: Vec<Published>,
+    leaves: SetLeaves,
     counts: PageCounts,
     layout: Layout,
     commands: VecDeque<SourceCommand>,
@@ -174,6 +175,7 @@ impl Source {
             state: State::AwaitWelcome,
             sending: Sending::default(),
             published: Vec::new(),
+            leaves: SetLeaves::new(),
             counts: PageCounts::default(),
             layout: Layout::Faithful,
             commands: VecDeque::from([SourceCommand::Send(Message::Hello(hello))]),
@@ -199,6 +201,11 @@ impl Source {
     /// Which set of the plan is being sent.
     pub fn set_index(&self) -> usize {
         self.index
+    }
+
+    /// The digests of the set that was ended last, once.
+    pub fn take_leaves(&mut self) -> SetLeaves {
+        std::mem::take(&mut self.leaves)
     }
 
     /// How the destination lays sets out; known after its first message.
@@ -479,7 +486,11 @@ impl Source {
             frames: self.sending.frames,
         });
         self.state = State::AwaitPublished;
-        self.sending = Sending::default();
+        let segments = std::mem::take(&mut self.sending).segments;
+        self.leaves = segments
+            .into_iter()
+            .map(|file| file.into_iter().flatten().collect())
+            .collect();
         self.liveness.said = now;
     }
 

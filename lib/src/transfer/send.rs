@@ -4,13 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 use super::event::{Event, Events};
+use super::memo::Memo;
 use super::pack::{Packed, Packer};
 use super::plan::{SourceSet, plan};
 use super::{TransferError, software};
@@ -18,13 +19,13 @@ use crate::delta::SetName;
 use crate::digest::Digest;
 use crate::identity::Fingerprint;
 use crate::page::PageSize;
-use crate::session::{PageCounts, Source, SourceCommand, SourceConfig};
+use crate::session::{PageCounts, SessionError, Source, SourceCommand, SourceConfig};
 use crate::ticket::{Role, Ticket, proof};
 use crate::transport::{
     self, BulkSender, CloseCode, Connection, ControlReceiver, ControlSender, Identity,
     TransportError,
 };
-use crate::wire::{Failure, Message, Op, Published, SegmentAt, limits};
+use crate::wire::{Failure, FailureCode, Message, Op, Published, SegmentAt, limits};
 
 /// Streams that carry frames. Two keep one frame's preparation from holding up the next.
 pub(super) const BULK_STREAMS: usize = 2;
@@ -63,6 +64,8 @@ pub struct SendOptions {
     pub target: Target,
     /// This host's key.
     pub identity: Identity,
+    /// Where digests of what was sent are remembered, so that unchanged files are not read again.
+    pub memo: Option<PathBuf>,
     /// Settings of the connection.
     pub transport: transport::Options,
     /// Who is told what happens.
@@ -102,7 +105,9 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
         options.base.clone(),
         options.page_size,
     );
-    let planning = spawn_blocking(move || plan(&directory, name, base, page_size));
+    let memo = Memo::new(options.memo.clone());
+    let (recalled, digested) = (memo.clone(), SystemTime::now());
+    let planning = spawn_blocking(move || plan(&directory, name, base, page_size, &recalled));
     let (sets, plans) = planning.await.expect("planning does not panic")?;
     let connection = connect(&options).await?;
 
@@ -126,6 +131,7 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
     match outcome {
         Ok(published) => {
             let mut report = driver.report(published);
+            driver.remember(memo, digested).await;
             connection.close_and_tell(CloseCode::Done, "").await;
             report.wire_bytes = connection.wire_bytes();
             report.elapsed = begun.elapsed();
@@ -133,6 +139,7 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
         }
         Err(error) => {
             let error = driver.give_up(error).await;
+            driver.forget_if_wrong(&memo, &error);
             connection
                 .close_and_tell(error.close_code(), &error.to_string())
                 .await;
@@ -365,6 +372,32 @@ impl<'a> Driver<'a> {
         }
     }
 
+    async fn remember(&mut self, memo: Memo, begun: SystemTime) {
+        let (sets, leaves) = (self.sets.clone(), self.source.take_leaves());
+        let remember = move || {
+            if let Some(set) = sets.last() {
+                set.remember(&memo, begun, &leaves);
+            }
+        };
+        spawn_blocking(remember)
+            .await
+            .expect("remembering does not panic");
+    }
+
+    // Digests that were remembered and turned out wrong are not used again.
+    fn forget_if_wrong(&self, memo: &Memo, error: &TransferError) {
+        let is_wrong = match error {
+            TransferError::Session(SessionError::Peer(failure)) => {
+                failure.code == FailureCode::Content
+            }
+            TransferError::Session(SessionError::Changed(_)) => true,
+            _ => false,
+        };
+        if is_wrong {
+            self.sets.iter().for_each(|set| set.forget(memo));
+        }
+    }
+
     // Tells the destination, or finds out what it told us while we were writing.
     async fn give_up(&mut self, error: TransferError) -> TransferError {
         if let Some(failure) = error.to_failure() {
@@ -394,7 +427,7 @@ impl<'a> Driver<'a> {
 }
 
 fn peer_failure(failure: Failure) -> TransferError {
-    crate::session::SessionError::Peer(failure).into()
+    SessionError::Peer(failure).into()
 }
 
 async fn read_messages(mut messages: ControlReceiver, input: mpsc::UnboundedSender<Input>) {
@@ -403,7 +436,7 @@ async fn read_messages(mut messages: ControlReceiver, input: mpsc::UnboundedSend
         let next = match read {
             Ok(Some(bytes)) => match Message::decode(&bytes) {
                 Ok(message) => Input::Message(message),
-                Err(error) => Input::Failed(crate::session::SessionError::from(error).into()),
+                Err(error) => Input::Failed(SessionError::from(error).into()),
             },
             Ok(None) => Input::Ended(TransportError::CutShort.into()),
             Err(error) => Input::Ended(error.into()),

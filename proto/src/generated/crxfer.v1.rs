@@ -399,3 +399,29 @@ pub struct PartialRecord {
     #[prost(uint64, tag = "3")]
     pub page_size: u64,
 }
+/// What a source remembers of a directory that it has digested, beside an index of its blocks: the
+/// digests hold while every file's status is the same.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SourceRecord {
+    #[prost(message, repeated, tag = "1")]
+    pub files: ::prost::alloc::vec::Vec<SourceFile>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SourceFile {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub inode: u64,
+    #[prost(uint64, tag = "3")]
+    pub size: u64,
+    #[prost(uint32, tag = "4")]
+    pub mode: u32,
+    #[prost(int64, tag = "5")]
+    pub mtime_s: i64,
+    #[prost(uint64, tag = "6")]
+    pub mtime_ns: u64,
+    #[prost(int64, tag = "7")]
+    pub ctime_s: i64,
+    #[prost(uint64, tag = "8")]
+    pub ctime_ns: u64,
+}

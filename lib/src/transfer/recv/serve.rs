@@ -359,13 +359,9 @@ async fn read_frames(
     let mut head = [0; HEADER_LEN];
     while stream.read_exact(&mut head).await? {
         let header = FrameHeader::decode(&head).map_err(SessionError::from)?;
-        let mut ops = vec![0; header.ops_len as usize];
-        stream.read_exact(&mut ops).await?;
+        let ops = stream.read_vec(header.ops_len as usize).await?;
         let ops = decode_ops(&ops).map_err(SessionError::from)?;
-        let mut payload = vec![0; header.payload_len as usize];
-        if header.payload_len > 0 {
-            stream.read_exact(&mut payload).await?;
-        }
+        let payload = stream.read_vec(header.payload_len as usize).await?;
         let frame = Frame {
             header,
             ops,
