@@ -116,7 +116,8 @@ impl Destination {
         self.liveness.heard = now;
         match message {
             Message::Failure(failure) => return Err(SessionError::Peer(failure)),
-            Message::Working => return Ok(()),
+            // Whoever has not shown a ticket yet must not keep a place by that.
+            Message::Working if !matches!(self.state, State::AwaitHello) => return Ok(()),
             _ => {}
         }
         self.state = match (

@@ -170,7 +170,8 @@ impl Index {
     pub fn find(&self, id: BlockId) -> Option<(Digest, BlockRef)> {
         let mask = self.slots - 1;
         let mut slot = slot_of(id, mask);
-        loop {
+        // Counted, because a damaged table may have no empty slot to end at.
+        for _ in 0..self.slots {
             let number = self.slot(slot).checked_sub(1)? as usize;
             if number >= self.blocks() {
                 return None;
@@ -181,6 +182,7 @@ impl Index {
             }
             slot = (slot + 1) & mask;
         }
+        None
     }
 
     fn blocks(&self) -> usize {
