@@ -60,8 +60,6 @@ pub struct NewSet {
     pub keep_link: Option<String>,
     /// Size of the source's files.
     pub image_bytes: u64,
-    /// How many superseded generations of the name are kept besides those that are built on.
-    pub keep: u64,
 }
 
 /// A set that is visible now.
@@ -168,12 +166,19 @@ impl Store {
         }
         remove_tree(&stage.place)?;
         self.drop_partials(&new)?;
-        self.collect(new.name.as_deref(), new.keep)?;
         Ok(PublishedSet {
             record,
             base,
             notes,
         })
+    }
+
+    /// Removes what nothing needs any more: superseded generations of `name` beyond the newest
+    /// `keep`, and what was there only for others to build on. Sets that a transfer reads from
+    /// stay until the next time.
+    pub fn tidy(&self, name: Option<&str>, keep: u64) -> Result<(), StoreError> {
+        let _lock = self.lock()?;
+        self.collect(name, keep)
     }
 
     /// Removes the set with this name; its generation stays, unnamed, while others build on it.

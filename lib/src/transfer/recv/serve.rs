@@ -48,7 +48,7 @@ pub(super) async fn serve(
     let (control, messages) = connection.accept_control().await?;
     let mut driver = Driver::new(&connection, shared.clone(), control);
     let outcome = driver.run(messages).await;
-    driver.keep_partial();
+    driver.keep_partial(outcome.as_ref().err());
     match outcome {
         Ok(()) => Ok(()),
         Err(error) => {
@@ -246,18 +246,13 @@ impl<'a> Driver<'a> {
             total_bytes: begin.total_bytes,
             ancestor: begin.ancestor,
         });
-        let (store, input, peer) = (
-            self.shared.store.clone(),
+        let (shared, input, peer) = (
+            self.shared.clone(),
             self.input.clone(),
             self.connection.peer().0,
         );
         spawn_blocking(move || {
-            let prepared = Staged::prepare(store, &peer, &begin, files).map(|(staged, held)| {
-                Input::Prepared {
-                    staged: Arc::new(staged),
-                    held: Arc::new(held),
-                }
-            });
+            let prepared = prepare_set(&shared, peer, &begin, files);
             let _ = input.blocking_send(prepared.unwrap_or_else(Input::Failed));
         });
     }
@@ -301,7 +296,7 @@ impl<'a> Driver<'a> {
             self.connection.peer().0,
         );
         spawn_blocking(move || {
-            let stored = store_set(&shared, peer, &job, staged, &held);
+            let stored = store_set(&shared, peer, &job, staged, held);
             let _ = input
                 .blocking_send(stored.map_or_else(Input::Failed, |it| Input::Stored(Box::new(it))));
         });
@@ -317,9 +312,13 @@ impl<'a> Driver<'a> {
         });
     }
 
-    // What arrived is kept for the next attempt.
-    fn keep_partial(&mut self) {
-        drop(self.staged.take());
+    // What arrived is kept for the next attempt, unless that would keep the disk full.
+    fn keep_partial(&mut self, error: Option<&TransferError>) {
+        let staged = self.staged.take();
+        let is_full = matches!(error, Some(TransferError::Store(error)) if error.is_out_of_space());
+        if let (true, Some(stage)) = (is_full, staged.and_then(|staged| staged.take_stage())) {
+            let _ = self.shared.store.discard(stage);
+        }
     }
 }
 
@@ -486,18 +485,40 @@ fn unpack(frame: &Frame) -> Result<Vec<u8>, TransferError> {
     })
 }
 
+// Makes room, unless the set is there already.
+fn prepare_set(
+    shared: &Shared,
+    peer: [u8; 32],
+    begin: &BeginSet,
+    files: Vec<FileMeta>,
+) -> Result<Input, TransferError> {
+    if let Some(root) = begin.root
+        && let Some(done) = unchanged(shared, peer, begin, root)?
+    {
+        return Ok(Input::Stored(Box::new(done)));
+    }
+    let (staged, held) = Staged::prepare(shared.store.clone(), &peer, begin, files)?;
+    Ok(Input::Prepared {
+        staged: Arc::new(staged),
+        held: Arc::new(held),
+    })
+}
+
 // Assembles and publishes. Runs on a thread of its own.
 fn store_set(
     shared: &Shared,
     peer: [u8; 32],
     job: &StoreJob,
     staged: Arc<Staged>,
-    held: &Held,
+    held: Arc<Held>,
 ) -> Result<(Published, Received), TransferError> {
     let begin = &job.begin;
     let root = job.manifest.root();
     let name = (!begin.ancestor).then(|| begin.name.to_string());
-    if let Some(done) = unchanged(shared, peer, job, &staged)? {
+    if let Some(done) = unchanged(shared, peer, begin, root)? {
+        if let Some(stage) = staged.take_stage() {
+            shared.store.discard(stage)?;
+        }
         return Ok(done);
     }
     // Ancestors of a flat set are only read from: keep them small.
@@ -507,7 +528,7 @@ fn store_set(
     };
     let assembler = Assembler {
         store: &shared.store,
-        held,
+        held: &held,
         peer,
         job,
         layout,
@@ -532,12 +553,15 @@ fn store_set(
         base: assembled.base,
         keep_link: keep_link.filter(|_| layout == Layout::Faithful),
         image_bytes: begin.total_bytes,
-        keep: shared.keep,
     };
     let digests = assembled.digests.iter().flatten().copied();
     let published = shared
         .store
         .publish(stage, new, &assembled.files, digests)?;
+    drop(held);
+    if let Err(error) = shared.store.tidy(name.as_deref(), shared.keep) {
+        tracing::warn!("{error}; old generations stay");
+    }
     let path = shared
         .store
         .directory_of(&published.record)
@@ -560,25 +584,21 @@ fn store_set(
     Ok((to_published(begin.set, &received), received))
 }
 
-// The same set is there under this name already, in this layout.
+// The set with this root is there under this name already, in this layout.
 fn unchanged(
     shared: &Shared,
     peer: [u8; 32],
-    job: &StoreJob,
-    staged: &Staged,
+    begin: &BeginSet,
+    root: Digest,
 ) -> Result<Option<(Published, Received)>, TransferError> {
-    let begin = &job.begin;
     if begin.ancestor || begin.base_name.is_some() {
         return Ok(None);
     }
     let current = shared.store.current(begin.name.as_str())?;
     let same = current.filter(|record| {
-        record.peer == peer && record.root == job.manifest.root() && record.layout == shared.layout
+        record.peer == peer && record.root == root && record.layout == shared.layout
     });
     let Some(record) = same else { return Ok(None) };
-    if let Some(stage) = staged.take_stage() {
-        shared.store.discard(stage)?;
-    }
     let base = record.base.map(|id| shared.store.name_of(id)).transpose()?;
     let received = Received {
         name: record.name.clone(),
