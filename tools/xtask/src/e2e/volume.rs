@@ -1,0 +1,204 @@
+//! What crosses the line, as the network interface counts it.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Context, Report, Scope};
+use crate::checkpoint::{Synthetic, resolve, same_files};
+use crate::crxfer::{LAYOUTS, Place, Receiver, Sent};
+use crate::hosts::{Hosts, Rate};
+use crate::scratch::Scratch;
+
+const PAGE_BYTES: u64 = 4096;
+
+pub(super) fn cases(context: &Context, report: &mut Report) {
+    let pages = if context.scope == Scope::Quick {
+        65_536
+    } else {
+        262_144
+    };
+    for layout in LAYOUTS {
+        report.case(
+            &format!("unchanged directory costs at most 1 % in {layout}"),
+            || unchanged(context, layout, pages),
+        );
+    }
+    report.case("changed pages cost little more than they are", || {
+        changed(context, pages)
+    });
+    report.case("faithful copy is byte-identical with odd files", || {
+        odd_files(context)
+    });
+    report.case("pages that another set has are not sent", || {
+        known_from_another_set(context)
+    });
+    report.case("bandwidth limit is kept", || bandwidth_limit(context));
+}
+
+/// A case's hosts, directories and receiver.
+pub(super) struct Stage<'a> {
+    pub(super) context: &'a Context,
+    pub(super) hosts: Hosts,
+    pub(super) scratch: Scratch,
+}
+
+impl<'a> Stage<'a> {
+    pub(super) fn new(context: &'a Context, rate: Rate) -> Result<Self> {
+        Ok(Self {
+            context,
+            hosts: Hosts::new(rate)?,
+            scratch: Scratch::new("transfer")?,
+        })
+    }
+
+    pub(super) fn source(&self, name: &str) -> PathBuf {
+        self.scratch.path().join("source").join(name)
+    }
+
+    pub(super) fn received(&self) -> PathBuf {
+        self.scratch.path().join("received")
+    }
+
+    pub(super) fn receive(&self, layout: &str, more: &[&str]) -> Result<Receiver> {
+        self.context
+            .crxfer
+            .receive(Place::On(&self.hosts.b), &self.received(), layout, more)
+    }
+
+    /// Sends and gives the report, and what the interface counted.
+    pub(super) fn send(&self, directory: &Path, to: &Receiver, name: &str) -> Result<(Sent, u64)> {
+        let before = self.hosts.a.line_bytes()?;
+        let sent = self
+            .context
+            .crxfer
+            .send(Place::On(&self.hosts.a), directory, to, name)
+            .with_context(|| format!("crxfer recv said:\n{}", to.said()))?;
+        Ok((sent, self.hosts.a.line_bytes()?.since(before)))
+    }
+}
+
+fn unchanged(context: &Context, layout: &str, pages: usize) -> Result<String> {
+    let stage = Stage::new(context, Rate::Unlimited)?;
+    let process = Synthetic::mixed(pages, 11);
+    let directory = stage.source("set");
+    process.dump(&directory)?;
+    let receiver = stage.receive(layout, &[])?;
+    stage.send(&directory, &receiver, "set")?;
+    let (sent, line) = stage.send(&directory, &receiver, "set")?;
+    let limit = pages as u64 * PAGE_BYTES / 100;
+    ensure!(
+        line <= limit,
+        "{line} bytes on the line, more than {limit} (crxfer says {})",
+        sent.wire_bytes()
+    );
+    ensure!(
+        sent.wire_bytes() <= line,
+        "crxfer says {} bytes, the line {line}",
+        sent.wire_bytes()
+    );
+    resolve(&stage.received().join("set"))?.ensure_same(&process.memory())?;
+    Ok(format!(
+        "{:.3} %, {:.2} s",
+        percent(line, pages as u64 * PAGE_BYTES),
+        sent.seconds
+    ))
+}
+
+fn changed(context: &Context, pages: usize) -> Result<String> {
+    let stage = Stage::new(context, Rate::Unlimited)?;
+    let mut process = Synthetic::noise(pages, 12);
+    process.dump(&stage.source("1"))?;
+    let changed = process.change(5, 100) as u64 * PAGE_BYTES;
+    process.dump(&stage.source("2"))?;
+    let receiver = stage.receive("incremental", &[])?;
+    stage.send(&stage.source("1"), &receiver, "1")?;
+    let (sent, line) = stage.send(&stage.source("2"), &receiver, "2")?;
+    let limit = changed * 3 / 2 + pages as u64 * PAGE_BYTES / 100;
+    ensure!(
+        line <= limit,
+        "{line} bytes on the line for {changed} changed bytes, more than {limit}"
+    );
+    resolve(&stage.received().join("2"))?.ensure_same(&process.memory())?;
+    Ok(format!(
+        "{:.2} times the changed bytes, {:.2} s",
+        ratio(line, changed),
+        sent.seconds
+    ))
+}
+
+fn odd_files(context: &Context) -> Result<String> {
+    let stage = Stage::new(context, Rate::Unlimited)?;
+    let directory = stage.source("set");
+    let process = Synthetic::mixed(5000, 13);
+    process.dump(&directory)?;
+    fs::write(directory.join("unknown-file"), b"neither magic nor records")?;
+    fs::write(directory.join("empty.img"), b"")?;
+    // Mostly holes, with something at both ends.
+    let sparse = File::create(directory.join("tmpfs-7.tar.gz.img"))?;
+    sparse.write_all_at(b"begin", 0)?;
+    sparse.write_all_at(b"end", 64 << 20)?;
+    // Bytes behind the last page, as restores tolerate them.
+    let pages = File::options()
+        .write(true)
+        .open(directory.join("pages-2.img"))?;
+    let end = pages.metadata()?.len();
+    pages.write_all_at(b"trailing bytes", end)?;
+    let receiver = stage.receive("faithful", &[])?;
+    let (_, line) = stage.send(&directory, &receiver, "set")?;
+    same_files(&directory, &stage.received().join("set"))?;
+    ensure!(
+        line < 40 << 20,
+        "{line} bytes on the line: the holes were sent"
+    );
+    Ok(String::new())
+}
+
+fn known_from_another_set(context: &Context) -> Result<String> {
+    let stage = Stage::new(context, Rate::Unlimited)?;
+    let process = Synthetic::noise(16_384, 14);
+    process.dump(&stage.source("one"))?;
+    process.dump(&stage.source("two"))?;
+    let receiver = stage.receive("flat", &[])?;
+    stage.send(&stage.source("one"), &receiver, "one")?;
+    let (_, line) = stage.send(&stage.source("two"), &receiver, "two")?;
+    let whole = process.pages() as u64 * PAGE_BYTES;
+    ensure!(
+        line <= whole / 50,
+        "{line} bytes on the line, though the destination has every page"
+    );
+    Ok(format!("{:.3} %", percent(line, whole)))
+}
+
+fn bandwidth_limit(context: &Context) -> Result<String> {
+    let stage = Stage::new(context, Rate::Unlimited)?;
+    Synthetic::noise(4096, 15).dump(&stage.source("set"))?;
+    let receiver = stage.receive("faithful", &[])?;
+    let options = ["--bwlimit", "8M"];
+    let outcome = context.crxfer.send_with(
+        Place::On(&stage.hosts.a),
+        &stage.source("set"),
+        &receiver.target(),
+        "set",
+        &options,
+        |_| (),
+    )?;
+    let seconds = outcome.finished()?.seconds;
+    // 16 MiB at 8 MB/s or MiB/s are two seconds.
+    ensure!(
+        (1.6..4.0).contains(&seconds),
+        "16 MiB took {seconds:.2} s with --bwlimit 8M"
+    );
+    Ok(format!("{seconds:.2} s"))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+fn ratio(part: u64, whole: u64) -> f64 {
+    part as f64 / whole as f64
+}
+
+fn percent(part: u64, whole: u64) -> f64 {
+    ratio(part, whole) * 100.0
+}
