@@ -107,15 +107,11 @@ impl Crxfer {
         command
             .args(["recv", "--json", "--layout", layout, "--dir"])
             .arg(directory);
+        command.arg("--ticket-file").arg(&ticket).args(more);
+        if !more.contains(&"--listen") {
+            command.args(["--listen", &format!("{}:0", place.address())]);
+        }
         command
-            .args([
-                "--listen",
-                &format!("{}:0", place.address()),
-                "--ticket-file",
-            ])
-            .arg(&ticket);
-        command
-            .args(more)
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output);

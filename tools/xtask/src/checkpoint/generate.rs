@@ -5,6 +5,8 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
+use std::ops::Range;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -13,7 +15,7 @@ use super::encode::{
     COMMON_MAGIC, CORE_MAGIC, FILES_MAGIC, FS_MAGIC, IDS_MAGIC, INVENTORY_MAGIC, MEMFD_MAGIC,
     MM_MAGIC, Message, PAGEMAP_MAGIC, PSTREE_MAGIC, SERVICE_MAGIC, STATS_MAGIC, write_image,
 };
-use super::resolve::{Memory, PRESENT};
+use super::resolve::{Memory, PARENT, PRESENT};
 
 const PID: u64 = 4242;
 const SHMID: u64 = 777;
@@ -21,7 +23,7 @@ const FIRST_ADDRESS: u64 = 0x7f10_0000_0000;
 /// Pages of 4 KiB, as on x86-64.
 pub(crate) const PAGE_BYTES: usize = 4096;
 /// Longest run of pages, as CRIU's pipes limit it.
-const RUN_PAGES: usize = 256;
+const RUN_PAGES: u64 = 256;
 /// One page of each so many is followed by a hole, a page that the process never touched.
 const PAGES_PER_HOLE: usize = 100;
 /// One page of so many lies in the shared segment.
@@ -76,31 +78,31 @@ impl Synthetic {
 
     /// Writes a full dump of the process to `directory`, which is created.
     pub(crate) fn dump(&self, directory: &Path) -> Result<()> {
+        self.dump_onto(directory, None)
+    }
+
+    /// Writes a dump that has only what changed since `earlier`, dumped to `../NAME`: as CRIU does
+    /// where the kernel tracks writes.
+    pub(crate) fn dump_onto(&self, directory: &Path, earlier: Option<(&Self, &str)>) -> Result<()> {
         fs::create_dir_all(directory)
             .with_context(|| format!("cannot create {}", directory.display()))?;
+        if let Some((_, name)) = earlier {
+            symlink(Path::new("..").join(name), directory.join("parent"))?;
+        }
+        let earlier = earlier.map(|(process, _)| process);
         let private = 0..self.pages() - self.shared();
         let shared = private.end..self.pages();
-        self.write_memory(
-            directory,
-            &format!("pagemap-{PID}.img"),
-            2,
-            FIRST_ADDRESS,
-            private,
-        )?;
-        self.write_memory(
-            directory,
-            &format!("pagemap-shmem-{SHMID}.img"),
-            1,
-            0,
-            shared,
-        )?;
+        let name = format!("pagemap-{PID}.img");
+        self.write_memory(directory, &name, 2, FIRST_ADDRESS, private, earlier)?;
+        let name = format!("pagemap-shmem-{SHMID}.img");
+        self.write_memory(directory, &name, 1, 0, shared, earlier)?;
         self.write_metadata(directory)?;
         Ok(())
     }
 
     /// The memory that a dump stands for.
     pub(crate) fn memory(&self) -> Memory {
-        let digests = |first: u64, pages: std::ops::Range<usize>| {
+        let digests = |first: u64, pages: Range<usize>| {
             let begin = pages.start;
             pages
                 .map(|index| {
@@ -134,25 +136,38 @@ impl Synthetic {
         pagemap: &str,
         pages_id: u64,
         first: u64,
-        pages: std::ops::Range<usize>,
+        pages: Range<usize>,
+        earlier: Option<&Self>,
     ) -> Result<()> {
         let name = directory.join(format!("pages-{pages_id}.img"));
         let mut data = BufWriter::with_capacity(1 << 20, File::create(&name)?);
         let begin = pages.start;
         let mut records = vec![Message::new().number(1, pages_id)];
-        let mut run = (0, 0);
+        let mut run = Run {
+            begin: 0,
+            pages: 0,
+            flags: PRESENT,
+        };
         for index in pages {
-            data.write_all(&self.page(index))
-                .with_context(|| format!("cannot write {}", name.display()))?;
-            let here = first + address(index - begin);
-            let follows = run.0 + run.1 * PAGE_BYTES as u64 == here && run.1 < RUN_PAGES as u64;
-            if !follows {
-                records.extend(entry(run));
-                run = (here, 0);
+            let known =
+                earlier.is_some_and(|earlier| self.versions[index] == earlier.versions[index]);
+            let flags = if known { PARENT } else { PRESENT };
+            if !known {
+                data.write_all(&self.page(index))
+                    .with_context(|| format!("cannot write {}", name.display()))?;
             }
-            run.1 += 1;
+            let here = first + address(index - begin);
+            if !run.continues(here, flags) {
+                records.extend(run.entry());
+                run = Run {
+                    begin: here,
+                    pages: 0,
+                    flags,
+                };
+            }
+            run.pages += 1;
         }
-        records.extend(entry(run));
+        records.extend(run.entry());
         data.flush()?;
         write_image(
             &directory.join(pagemap),
@@ -280,14 +295,26 @@ fn address(index: usize) -> u64 {
     (index + index / PAGES_PER_HOLE) as u64 * PAGE_BYTES as u64
 }
 
-/// A run as CRIU 4.2 writes it: the count only in the new field.
-fn entry((begin, pages): (u64, u64)) -> Option<Message> {
-    let entry = Message::new()
-        .number(1, begin)
-        .number(2, 0)
-        .number(4, PRESENT)
-        .number(5, pages);
-    (pages > 0).then_some(entry)
+/// Pages side by side in one pagemap entry.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    begin: u64,
+    pages: u64,
+    flags: u64,
+}
+
+impl Run {
+    fn continues(self, address: u64, flags: u64) -> bool {
+        let end = self.begin + self.pages * PAGE_BYTES as u64;
+        self.flags == flags && end == address && self.pages < RUN_PAGES
+    }
+
+    /// As CRIU 4.2 writes it: the count only in the new field.
+    fn entry(self) -> Option<Message> {
+        let entry = Message::new().number(1, self.begin).number(2, 0);
+        let entry = entry.number(4, self.flags).number(5, self.pages);
+        (self.pages > 0).then_some(entry)
+    }
 }
 
 fn inventory() -> Message {

@@ -214,6 +214,38 @@ mod tests {
     }
 
     #[test]
+    fn pages_in_parents_are_found() {
+        let scratch = scratch::for_tests("chain");
+        let first = Synthetic::mixed(500, 3);
+        first.dump(&scratch.join("1")).expect("dump");
+        let mut second = first.clone();
+        second.change(1, 50);
+        second
+            .dump_onto(&scratch.join("2"), Some((&first, "1")))
+            .expect("dump");
+        let mut third = second.clone();
+        third.change(2, 50);
+        third
+            .dump_onto(&scratch.join("3"), Some((&second, "2")))
+            .expect("dump");
+        assert_eq!(
+            resolve(&scratch.join("3")).expect("resolve"),
+            third.memory()
+        );
+        let private = fs::metadata(scratch.join("3/pages-2.img"))
+            .expect("pages")
+            .len();
+        assert_eq!(
+            private,
+            9 * PAGE_BYTES as u64,
+            "438 private pages, one in 50 written"
+        );
+        fs::remove_file(scratch.join("2/parent")).expect("remove");
+        assert!(resolve(&scratch.join("3")).is_err());
+        fs::remove_dir_all(&scratch).expect("remove");
+    }
+
+    #[test]
     fn short_pages_file_is_found() {
         let scratch = scratch::for_tests("short");
         Synthetic::mixed(200, 2).dump(&scratch).expect("dump");

@@ -151,11 +151,12 @@ fn too_large(context: &Context) -> Result<String> {
 fn wrong_ticket(context: &Context) -> Result<String> {
     let stage = Stage::new(context, Rate::Unlimited)?;
     Synthetic::mixed(500, 27).dump(&stage.source("set"))?;
-    let old = {
-        let receiver = stage.receive("faithful", &[])?;
-        receiver.ticket()?
-    };
-    let receiver = stage.receive("faithful", &[])?;
+    // One after the other on the same port: only their secrets and keys differ.
+    let address = format!("{}:27100", stage.hosts.b.address);
+    let old = stage
+        .receive("faithful", &["--listen", &address])?
+        .ticket()?;
+    let receiver = stage.receive("faithful", &["--listen", &address])?;
     let new = receiver.ticket()?;
     ensure!(old != new, "two receivers gave the same ticket");
     // Of another receiver, damaged, and no ticket at all.

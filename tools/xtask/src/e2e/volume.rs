@@ -29,6 +29,12 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
     report.case("changed pages cost little more than they are", || {
         changed(context, pages)
     });
+    for layout in LAYOUTS {
+        report.case(
+            &format!("last directory of a chain brings its parents in {layout}"),
+            || chain(context, layout),
+        );
+    }
     report.case("faithful copy is byte-identical with odd files", || {
         odd_files(context)
     });
@@ -127,6 +133,37 @@ fn changed(context: &Context, pages: usize) -> Result<String> {
         ratio(line, changed),
         sent.seconds
     ))
+}
+
+fn chain(context: &Context, layout: &str) -> Result<String> {
+    const DEPTH: usize = 5;
+    let stage = Stage::new(context, Rate::Unlimited)?;
+    let mut process = Synthetic::mixed(8000, 16);
+    process.dump(&stage.source("1"))?;
+    for number in 2..=DEPTH {
+        let earlier = process.clone();
+        process.change(number, 60);
+        let parent = (number - 1).to_string();
+        process.dump_onto(
+            &stage.source(&number.to_string()),
+            Some((&earlier, &parent)),
+        )?;
+    }
+    let last = DEPTH.to_string();
+    let receiver = stage.receive(layout, &[])?;
+    stage.send(&stage.source(&last), &receiver, "moved")?;
+    let set = stage.received().join("moved");
+    resolve(&set)?.ensure_same(&process.memory())?;
+    if layout == "faithful" {
+        let (mut original, mut copy) = (stage.source(&last), set);
+        for _ in 1..=DEPTH {
+            same_files(&original, &copy)?;
+            (original, copy) = (original.join("parent"), copy.join("parent"));
+        }
+    } else if layout == "flat" {
+        ensure!(!set.join("parent").exists(), "a flat set has a parent");
+    }
+    Ok(String::new())
 }
 
 fn odd_files(context: &Context) -> Result<String> {
