@@ -1,0 +1,187 @@
+//! A receiving directory: published sets under their names, and what is remembered of them.
+//!
+//! ```text
+//! DIR/NAME/                 the newest generation of a set: a plain image directory
+//! DIR/.crxfer/sets/ID/      record and index of each set
+//! DIR/.crxfer/base/ID/      a set that others build on: the same files by hard links, or moved here
+//! DIR/.crxfer/stage/N/      a transfer under way: `about`, `files/`
+//! DIR/.crxfer/partial/N/    what a transfer that ended early left: `about`, `files/`, `index`
+//! ```
+//! A set that another builds on gets a place of its own under `base`, and links lead there, never
+//! to a name: names can be given to newer generations at any time. The one exception is a faithful
+//! copy whose own link is `../NAME` and right as it is; before NAME changes, that link is moved.
+
+mod error;
+mod held;
+mod index;
+mod places;
+mod record;
+mod recover;
+
+pub use error::StoreError;
+pub(crate) use error::Tried;
+pub use held::{Held, HeldSet};
+pub use index::Index;
+pub use places::{NewSet, PublishedSet, Stage};
+pub use record::Record;
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::FlockOperation;
+
+use crate::digest::Digest;
+
+const STATE: &str = ".crxfer";
+
+/// One receiving directory. Cheap to clone; all clones share the same state.
+#[derive(Clone, Debug)]
+pub struct Store {
+    root: PathBuf,
+    durable: bool,
+    // Sets that transfers of this process read from: they are not removed meanwhile.
+    in_use: Arc<Mutex<HashMap<u64, usize>>>,
+}
+
+/// Keeps other `crxfer recv` away from the directory while it lives.
+#[derive(Debug)]
+pub struct ServingLock {
+    _file: File,
+}
+
+impl Store {
+    /// Opens the receiving directory at `root`, making it (mode 0700) where it does not exist.
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        if !root.exists() {
+            private_dirs(root)?;
+        }
+        for part in ["", "sets", "base", "stage", "partial"] {
+            private_dirs(&root.join(STATE).join(part))?;
+        }
+        Self::open_existing(root)
+    }
+
+    /// Opens a directory that has been a receiving directory before.
+    pub fn open_existing(root: &Path) -> Result<Self, StoreError> {
+        if !root.join(STATE).join("sets").is_dir() {
+            return Err(StoreError::NotAStore(root.to_owned()));
+        }
+        let root = fs::canonicalize(root).tried("find", root)?;
+        let durable = crate::sys::is_durable(&root).tried("examine", &root)?;
+        Ok(Self { root, durable, in_use: Arc::default() })
+    }
+
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Whether what is stored survives a power cut (it does not on tmpfs).
+    pub fn is_durable(&self) -> bool {
+        self.durable
+    }
+
+    /// A file of the store's own state.
+    pub fn state_path(&self, name: &str) -> PathBuf {
+        self.root.join(STATE).join(name)
+    }
+
+    /// Takes the directory for serving, and tidies up what an earlier process left.
+    pub fn serve(&self) -> Result<ServingLock, StoreError> {
+        let path = self.state_path("serving.lock");
+        let file = File::create(&path).tried("create", &path)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::Busy(self.root.clone())),
+            other => other.tried("lock", &path)?,
+        }
+        self.recover()?;
+        Ok(ServingLock { _file: file })
+    }
+
+    /// All sets, oldest first.
+    pub fn records(&self) -> Result<Vec<Record>, StoreError> {
+        let path = self.state_path("sets");
+        let mut records = Vec::new();
+        for entry in fs::read_dir(&path).tried("list", &path)? {
+            let path = entry.tried("list", &path)?.path().join("record");
+            match Record::load(&path) {
+                Ok(record) => records.push(record),
+                Err(error) => tracing::warn!("{error}; its set is left alone"),
+            }
+        }
+        records.sort_by_key(|record| record.id);
+        Ok(records)
+    }
+
+    /// The directory of the set, or `None` where it is gone.
+    pub fn directory_of(&self, record: &Record) -> Option<PathBuf> {
+        let base = self.base_path(record.id);
+        if base.is_dir() {
+            return Some(base);
+        }
+        let named = self.root.join(&record.name);
+        if !record.name.is_empty() && inode(&named) == Some(record.inode) {
+            return Some(named);
+        }
+        // Somebody may have renamed it.
+        let entries = fs::read_dir(&self.root).ok()?;
+        entries.flatten().map(|entry| entry.path()).find(|path| inode(path) == Some(record.inode))
+    }
+
+    /// The set that has the name `name` now.
+    pub fn current(&self, name: &str) -> Result<Option<Record>, StoreError> {
+        let inode = inode(&self.root.join(name));
+        Ok(self.records()?.into_iter().find(|record| Some(record.inode) == inode))
+    }
+
+    /// A set of this peer with the root digest `root`, the newest if there are several.
+    pub fn find_root(&self, peer: &[u8; 32], root: &Digest) -> Result<Option<Record>, StoreError> {
+        let mut records = self.records()?;
+        records.retain(|record| record.root == *root && record.peer == *peer);
+        Ok(records.into_iter().rev().find(|record| self.directory_of(record).is_some()))
+    }
+
+    /// The index of a set's blocks.
+    pub fn index(&self, id: u64) -> Result<Index, StoreError> {
+        let path = self.set_path(id).join("index");
+        Index::open(&path).tried("open", &path)
+    }
+
+    fn base_path(&self, id: u64) -> PathBuf {
+        self.state_path("base").join(id.to_string())
+    }
+
+    fn set_path(&self, id: u64) -> PathBuf {
+        self.state_path("sets").join(id.to_string())
+    }
+
+    // Held while names, records and places change; other processes (`crxfer rm`) wait.
+    fn lock(&self) -> Result<File, StoreError> {
+        let path = self.state_path("lock");
+        let file = File::create(&path).tried("create", &path)?;
+        rustix::fs::flock(&file, FlockOperation::LockExclusive).tried("lock", &path)?;
+        Ok(file)
+    }
+
+    fn sync_dir(&self, path: &Path) -> Result<(), StoreError> {
+        if self.durable {
+            File::open(path).and_then(|dir| dir.sync_all()).tried("sync", path)?;
+        }
+        Ok(())
+    }
+
+    fn is_in_use(&self, id: u64) -> bool {
+        self.in_use.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&id)
+    }
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    fs::symlink_metadata(path).ok().filter(fs::Metadata::is_dir).map(|meta| meta.ino())
+}
+
+fn private_dirs(path: &Path) -> Result<(), StoreError> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).tried("create", path)
+}

@@ -1,0 +1,449 @@
+//! Staging, publishing, superseding and removing sets.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crxfer_proto::v1;
+use prost::Message as _;
+use rustix::fs::{CWD, RenameFlags};
+
+use super::error::{StoreError, Tried};
+use super::record::write_atomically;
+use super::{Index, Record, Store, inode};
+use crate::delta::FileMeta;
+use crate::digest::Digest;
+use crate::page::PageSize;
+use crate::wire::Layout;
+
+/// A place where a set is put together before it is published.
+#[derive(Debug)]
+pub struct Stage {
+    place: PathBuf,
+}
+
+impl Stage {
+    pub(super) fn at(place: &Path) -> Self {
+        Self { place: place.to_owned() }
+    }
+
+    /// The directory that will be published.
+    pub fn files(&self) -> PathBuf {
+        self.place.join("files")
+    }
+}
+
+/// What publishing needs to know of a set.
+#[derive(Debug)]
+pub struct NewSet {
+    /// Its name, or `None` for an ancestor that is taken along.
+    pub name: Option<String>,
+    /// Fingerprint of the key that sent it.
+    pub peer: [u8; 32],
+    /// Only the peer that sent the name's set before may send the next.
+    pub names_are_owned: bool,
+    /// Root digest that the source stated.
+    pub root: Digest,
+    /// How it is laid out.
+    pub layout: Layout,
+    /// Page size of the host that dumped it.
+    pub page_size: PageSize,
+    /// Whether CRIU could restore it, in a word.
+    pub completeness: String,
+    /// The set that it builds on.
+    pub base: Option<u64>,
+    /// Link text to keep if it leads to the base as it is.
+    pub keep_link: Option<String>,
+    /// Size of the source's files.
+    pub image_bytes: u64,
+    /// How many superseded generations of the name are kept besides those that are built on.
+    pub keep: u64,
+}
+
+/// A set that is visible now.
+#[derive(Debug)]
+pub struct PublishedSet {
+    /// What is remembered of it.
+    pub record: Record,
+    /// Name or number of the set it builds on.
+    pub base: Option<String>,
+    /// What the operator should know.
+    pub notes: Vec<String>,
+}
+
+impl Store {
+    /// Opens a stage for a transfer of the set `name` from `peer`.
+    pub fn stage(&self, peer: &[u8; 32], name: &str, page_size: PageSize) -> Result<Stage, StoreError> {
+        let stages = self.state_path("stage");
+        for number in 1u64.. {
+            let place = stages.join(number.to_string());
+            match fs::DirBuilder::new().mode(0o700).create(&place) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                other => other.tried("create", &place)?,
+            }
+            let about = v1::PartialRecord { peer: peer.to_vec(), name: name.to_owned(), page_size: page_size.bytes() };
+            write_atomically(&place.join("about"), &about.encode_to_vec(), false)?;
+            let files = place.join("files");
+            fs::DirBuilder::new().mode(0o700).create(&files).tried("create", &files)?;
+            return Ok(Stage { place });
+        }
+        unreachable!("some number is free")
+    }
+
+    /// Keeps what has arrived for the next attempt.
+    pub fn abandon(&self, stage: Stage) -> Result<(), StoreError> {
+        let empty = fs::read_dir(stage.files()).is_ok_and(|mut entries| entries.next().is_none());
+        if empty {
+            return remove_tree(&stage.place);
+        }
+        let partials = self.state_path("partial");
+        for number in 1u64.. {
+            let place = partials.join(number.to_string());
+            match rustix::fs::renameat_with(CWD, &stage.place, CWD, &place, RenameFlags::NOREPLACE) {
+                Err(rustix::io::Errno::EXIST) => {}
+                other => return other.tried("rename", &stage.place),
+            }
+        }
+        unreachable!("some number is free")
+    }
+
+    /// Removes a stage with all that is in it.
+    pub fn discard(&self, stage: Stage) -> Result<(), StoreError> {
+        remove_tree(&stage.place)
+    }
+
+    /// Makes the staged files visible as a set, in one step.
+    ///
+    /// `files` and `digests` describe what lies in the stage, for the index. Everything is synced
+    /// before the switch where the place is durable.
+    pub fn publish(
+        &self,
+        stage: Stage,
+        new: NewSet,
+        files: &[FileMeta],
+        digests: impl Iterator<Item = Digest>,
+    ) -> Result<PublishedSet, StoreError> {
+        let _lock = self.lock()?;
+        let records = self.records()?;
+        let current = match &new.name {
+            Some(name) => self.check_name(name, &new, &records)?,
+            None => None,
+        };
+        let mut notes = Vec::new();
+        let base = new.base.map(|base| self.link_base(&stage, &new, base, &records, &mut notes)).transpose()?;
+        self.sync_dir(&stage.files())?;
+
+        let record = self.remember(&stage, &new, current.as_ref(), &records, files, digests)?;
+        match (&new.name, current) {
+            (None, _) => self.move_in(&stage.files(), &self.base_path(record.id))?,
+            (Some(name), None) => self.move_in(&stage.files(), &self.root.join(name))?,
+            (Some(name), Some(old)) => {
+                self.release_name(&old, &mut notes)?;
+                let place = self.root.join(name);
+                rustix::fs::renameat_with(CWD, stage.files(), CWD, &place, RenameFlags::EXCHANGE)
+                    .tried("switch", &place)?;
+                self.sync_dir(&self.root)?;
+                self.supersede(old, &stage.files())?;
+            }
+        }
+        remove_tree(&stage.place)?;
+        self.drop_partials(&new)?;
+        self.collect(new.name.as_deref(), new.keep)?;
+        Ok(PublishedSet { record, base, notes })
+    }
+
+    /// Removes the set with this name; its generation stays, unnamed, while others build on it.
+    pub fn remove(&self, name: &str) -> Result<(), StoreError> {
+        let _lock = self.lock()?;
+        let record = self.current(name)?.ok_or_else(|| StoreError::NoSuchSet(name.to_owned()))?;
+        self.release_name(&record, &mut Vec::new())?;
+        let stage = self.stage(&record.peer, name, record.page_size)?;
+        let named = self.root.join(name);
+        let displaced = stage.files();
+        fs::remove_dir(&displaced).tried("remove", &displaced)?;
+        fs::rename(&named, &displaced).tried("rename", &named)?;
+        self.sync_dir(&self.root)?;
+        self.supersede(record, &displaced)?;
+        remove_tree(&stage.place)?;
+        self.collect(Some(name), 0)
+    }
+
+    fn check_name(&self, name: &str, new: &NewSet, records: &[Record]) -> Result<Option<Record>, StoreError> {
+        let place = self.root.join(name);
+        if fs::symlink_metadata(&place).is_err() {
+            return Ok(None);
+        }
+        let found = records.iter().find(|record| Some(record.inode) == inode(&place));
+        let record = found.ok_or(StoreError::Foreign(place))?;
+        if new.names_are_owned && record.peer != new.peer {
+            return Err(StoreError::NotYours(name.to_owned()));
+        }
+        Ok(Some(record.clone()))
+    }
+
+    // Gives the staged set its `parent`: the text it had where that is right, else the place of
+    // the set that it builds on.
+    fn link_base(
+        &self,
+        stage: &Stage,
+        new: &NewSet,
+        base: u64,
+        records: &[Record],
+        notes: &mut Vec<String>,
+    ) -> Result<String, StoreError> {
+        let record = records.iter().find(|record| record.id == base);
+        let record = record.ok_or_else(|| StoreError::NoSuchSet(format!("number {base}")))?;
+        let named = if record.superseded { String::new() } else { record.name.clone() };
+        let shown = if named.is_empty() { format!("#{base}") } else { named.clone() };
+        let link = stage.files().join("parent");
+        let own_name = new.name.as_deref() == Some(named.as_str());
+        let is_right = !named.is_empty() && !own_name && inode(&self.root.join(&named)) == Some(record.inode);
+        if let (Some(text), true) = (&new.keep_link, is_right) {
+            if *text == format!("../{named}") {
+                symlink(text, &link).tried("create", &link)?;
+                return Ok(shown);
+            }
+        }
+        self.pin(record, records)?;
+        let text = match new.name {
+            Some(_) => format!("../{}", self.place_text(base)),
+            None => format!("../{base}"),
+        };
+        if let Some(was) = &new.keep_link {
+            notes.push(format!("the link `parent` was {was} and is now {text}: that is where its parent lies here"));
+        }
+        symlink(&text, &link).tried("create", &link)?;
+        Ok(shown)
+    }
+
+    fn place_text(&self, id: u64) -> String {
+        format!("{}/base/{id}", super::STATE)
+    }
+
+    /// Makes sure that the set lies at its own place under `base`, with all that it builds on.
+    fn pin(&self, record: &Record, records: &[Record]) -> Result<(), StoreError> {
+        // From the oldest on, so that each clone's link leads to something.
+        let mut chain = vec![record];
+        while let Some(base) = chain.last().and_then(|record| record.base) {
+            let Some(next) = records.iter().find(|record| record.id == base) else { break };
+            if chain.len() > crate::wire::limits::CHAIN {
+                break;
+            }
+            chain.push(next);
+        }
+        for record in chain.into_iter().rev() {
+            let place = self.base_path(record.id);
+            if !place.is_dir() {
+                let from = self.directory_of(record).ok_or_else(|| StoreError::NoSuchSet(record.name.clone()))?;
+                self.clone_by_links(&from, &place, record.base)?;
+            }
+        }
+        Ok(())
+    }
+
+    // The same files once more, without their bytes. A set is never written again, so sharing is safe.
+    fn clone_by_links(&self, from: &Path, to: &Path, base: Option<u64>) -> Result<(), StoreError> {
+        let building = to.with_extension("new");
+        if building.exists() {
+            remove_tree(&building)?;
+        }
+        fs::DirBuilder::new().mode(0o700).create(&building).tried("create", &building)?;
+        for entry in fs::read_dir(from).tried("list", from)? {
+            let entry = entry.tried("list", from)?;
+            let target = building.join(entry.file_name());
+            if entry.file_name() != "parent" {
+                fs::hard_link(entry.path(), &target).tried("link", &entry.path())?;
+            }
+        }
+        if let Some(base) = base {
+            let link = building.join("parent");
+            symlink(format!("../{base}"), &link).tried("create", &link)?;
+        }
+        self.sync_dir(&building)?;
+        self.move_in(&building, to)
+    }
+
+    fn remember(
+        &self,
+        stage: &Stage,
+        new: &NewSet,
+        current: Option<&Record>,
+        records: &[Record],
+        files: &[FileMeta],
+        digests: impl Iterator<Item = Digest>,
+    ) -> Result<Record, StoreError> {
+        let named = |record: &&Record| new.name.as_deref() == Some(record.name.as_str());
+        let last = records.iter().filter(named).map(|record| record.generation).max();
+        debug_assert!(current.is_none_or(|current| Some(current.generation) <= last));
+        let record = Record {
+            id: records.last().map_or(1, |record| record.id + 1),
+            name: new.name.clone().unwrap_or_default(),
+            generation: last.unwrap_or(0) + 1,
+            peer: new.peer,
+            root: new.root,
+            layout: new.layout,
+            page_size: new.page_size,
+            completeness: new.completeness.clone(),
+            base: new.base,
+            created_unix_s: unix_time_s(),
+            inode: inode(&stage.files()).unwrap_or(0),
+            image_bytes: new.image_bytes,
+            superseded: false,
+        };
+        let place = self.set_path(record.id);
+        if place.exists() {
+            remove_tree(&place)?;
+        }
+        fs::DirBuilder::new().mode(0o700).create(&place).tried("create", &place)?;
+        let index = place.join("index");
+        Index::write(&index, files, digests, self.durable).tried("write", &index)?;
+        record.save(&place.join("record"), self.durable)?;
+        self.sync_dir(&place)?;
+        self.sync_dir(&self.state_path("sets"))?;
+        Ok(record)
+    }
+
+    fn move_in(&self, from: &Path, to: &Path) -> Result<(), StoreError> {
+        rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).tried("rename", from)?;
+        self.sync_dir(to.parent().unwrap_or(&self.root))
+    }
+
+    // Sets whose link leads to the name get a link to the place that stays.
+    fn release_name(&self, record: &Record, notes: &mut Vec<String>) -> Result<(), StoreError> {
+        let records = self.records()?;
+        for user in records.iter().filter(|user| user.base == Some(record.id) && !user.superseded) {
+            let link = self.root.join(&user.name).join("parent");
+            let by_name = fs::read_link(&link).is_ok_and(|text| text == Path::new("..").join(&record.name));
+            if user.name.is_empty() || !by_name {
+                continue;
+            }
+            self.pin(record, &records)?;
+            let text = format!("../{}", self.place_text(record.id));
+            let new = self.state_path("link.new");
+            let _ = fs::remove_file(&new);
+            symlink(&text, &new).tried("create", &new)?;
+            fs::rename(&new, &link).tried("rename", &new)?;
+            self.sync_dir(&self.root.join(&user.name))?;
+            notes.push(format!("{}/parent is now {text}: the set {} has a new generation", user.name, record.name));
+        }
+        Ok(())
+    }
+
+    // The directory of a set that lost its name: kept under `base` until `collect` decides.
+    pub(super) fn supersede(&self, mut record: Record, displaced: &Path) -> Result<(), StoreError> {
+        let place = self.base_path(record.id);
+        if place.is_dir() {
+            remove_tree(displaced)?;
+        } else {
+            let link = displaced.join("parent");
+            if let (Some(base), Ok(_)) = (record.base, fs::read_link(&link)) {
+                self.pin_base_of(&record)?;
+                fs::remove_file(&link).tried("remove", &link)?;
+                symlink(format!("../{base}"), &link).tried("create", &link)?;
+            }
+            self.move_in(displaced, &place)?;
+        }
+        record.superseded = true;
+        record.save(&self.set_path(record.id).join("record"), self.durable)
+    }
+
+    fn pin_base_of(&self, record: &Record) -> Result<(), StoreError> {
+        let records = self.records()?;
+        match records.iter().find(|base| Some(base.id) == record.base) {
+            Some(base) => self.pin(base, &records),
+            None => Ok(()),
+        }
+    }
+
+    // Removes what has no name, is not to be kept, and carries nothing.
+    pub(super) fn collect(&self, name: Option<&str>, keep: u64) -> Result<(), StoreError> {
+        loop {
+            let records = self.records()?;
+            let newest = records.iter().filter(|r| Some(r.name.as_str()) == name).map(|r| r.generation).max().unwrap_or(0);
+            let is_kept = |record: &Record| {
+                Some(record.name.as_str()) != name || record.generation + keep >= newest && keep > 0
+            };
+            let is_base = |id: u64| records.iter().any(|record| record.base == Some(id));
+            let garbage = records.iter().find(|record| {
+                let unnamed = record.superseded && !is_kept(record) || self.is_orphan(record);
+                unnamed && !is_base(record.id) && !self.is_in_use(record.id)
+            });
+            let Some(record) = garbage else { break };
+            remove_if_there(&self.base_path(record.id))?;
+            remove_tree(&self.set_path(record.id))?;
+        }
+        self.unpin_unused()
+    }
+
+    // An ancestor that carries nothing (any more), or a set whose directory is gone.
+    fn is_orphan(&self, record: &Record) -> bool {
+        let fresh = unix_time_s().saturating_sub(record.created_unix_s) < 24 * 3600;
+        record.name.is_empty() && !fresh || self.directory_of(record).is_none()
+    }
+
+    fn unpin_unused(&self) -> Result<(), StoreError> {
+        let records = self.records()?;
+        for record in records.iter().filter(|record| !record.superseded && !record.name.is_empty()) {
+            let is_base = records.iter().any(|other| other.base == Some(record.id));
+            let named = inode(&self.root.join(&record.name)) == Some(record.inode);
+            if named && !is_base && !self.is_in_use(record.id) {
+                remove_if_there(&self.base_path(record.id))?;
+            }
+        }
+        Ok(())
+    }
+
+    // The transfer that left them has been made good.
+    fn drop_partials(&self, new: &NewSet) -> Result<(), StoreError> {
+        let Some(name) = &new.name else { return Ok(()) };
+        for (place, about) in self.partials(&new.peer)? {
+            if about.name == *name {
+                remove_tree(&place)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The unfinished transfers of this peer, newest first.
+    pub(super) fn partials(&self, peer: &[u8; 32]) -> Result<Vec<(PathBuf, v1::PartialRecord)>, StoreError> {
+        let path = self.state_path("partial");
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&path).tried("list", &path)? {
+            let place = entry.tried("list", &path)?.path();
+            let about = fs::read(place.join("about")).ok().and_then(|bytes| v1::PartialRecord::decode(&*bytes).ok());
+            match about {
+                Some(about) if about.peer == peer => found.push((place, about)),
+                _ => {}
+            }
+        }
+        found.sort_by_key(|(place, _)| std::cmp::Reverse(modified(place)));
+        Ok(found)
+    }
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    fs::metadata(path).and_then(|meta| meta.modified()).ok()
+}
+
+#[expect(clippy::disallowed_methods, reason = "the time of publishing is recorded, nothing is decided by it")]
+fn unix_time_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+pub(super) fn remove_tree(path: &Path) -> Result<(), StoreError> {
+    fs::remove_dir_all(path).tried("remove", path)
+}
+
+fn remove_if_there(path: &Path) -> Result<(), StoreError> {
+    if path.exists() { remove_tree(path) } else { Ok(()) }
+}
+
+/// Writes the bytes of `file` to disk where `durable`.
+pub(crate) fn sync_file(path: &Path, durable: bool) -> Result<(), StoreError> {
+    if durable {
+        File::open(path).and_then(|file| file.sync_all()).tried("sync", path)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,35 @@
+//! System calls that have no safe wrapper, and the few places where `unsafe` is allowed.
+#![allow(unsafe_code, reason = "this module is where it belongs; each block says why it is sound")]
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+/// A file of our own, mapped read-only.
+#[derive(Debug)]
+pub(crate) struct Map(memmap2::Mmap);
+
+impl Map {
+    /// Maps `file`, which nothing may truncate or write while the map lives: it must be one that
+    /// this program published by rename and never writes again.
+    pub(crate) fn of_published_file(file: &File) -> io::Result<Self> {
+        // SAFETY: the bytes of a map must not change while they are borrowed. Callers map only
+        // index files in the store's private directory (mode 0700), which are complete before
+        // they are renamed into place and are afterwards only ever unlinked, never written.
+        unsafe { memmap2::Mmap::map(file) }.map(Self)
+    }
+
+    /// The bytes of the file.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Whether files under `path` survive a power cut: they do not on tmpfs and ramfs, where syncing
+/// is a waste of time.
+pub(crate) fn is_durable(path: &Path) -> io::Result<bool> {
+    const TMPFS: u64 = 0x0102_1994;
+    const RAMFS: u64 = 0x8584_58f6;
+    let kind = rustix::fs::statfs(path)?.f_type;
+    Ok(!matches!(kind.cast_unsigned(), TMPFS | RAMFS))
+}
