@@ -54,7 +54,32 @@ pub(crate) fn ensure() -> Result<Criu> {
         .check()
 }
 
-/// A criu command that is new enough.
+/// CRIU 4.1 of Debian 13, whose formats are older, in a folder below `target`. Needs root.
+pub(crate) fn ensure_older(target: &Path) -> Result<Criu> {
+    let program = target.join("criu-4.1/bin/criu");
+    if let Some(criu) = Criu::at(&program) {
+        return criu.check();
+    }
+    let home = target.join("criu-4.1/home");
+    let path = |path: &Path| path.display().to_string();
+    let bin = path(program.parent().unwrap_or(target));
+    let words = [
+        "--suite",
+        "trixie",
+        "--min",
+        "4.1",
+        "--home",
+        &path(&home),
+        "--bin",
+        &bin,
+    ];
+    install(&words.map(str::to_owned))?;
+    Criu::at(&program)
+        .context("CRIU 4.1 does not start")?
+        .check()
+}
+
+/// A criu command.
 #[derive(Clone, Debug)]
 pub(crate) struct Criu {
     program: PathBuf,
@@ -82,6 +107,22 @@ impl Criu {
         run::quiet(Command::new(&self.program).arg("check"))
             .context("CRIU does not work on this kernel or in this container")?;
         Ok(self)
+    }
+
+    /// Whether CRIU can tell the pages that were written since the last dump, so that pre-dumps work.
+    pub(crate) fn tracks_writes(&self) -> bool {
+        let words = ["check", "--feature", "mem_dirty_track"];
+        run::quiet(Command::new(&self.program).args(words)).is_ok()
+    }
+
+    /// Writes what the running tree of `pid` has in memory to `directory`, which is created.
+    pub(crate) fn pre_dump(&self, host: &Host, pid: u32, directory: &Path) -> Result<()> {
+        fs::create_dir_all(directory)?;
+        let mut command = host.command(&self.program);
+        command.args(["pre-dump", "--track-mem", "-v2", "-o", "dump.log"]);
+        command.args(["-t", &pid.to_string(), "-D"]).arg(directory);
+        run::quiet(&mut command).with_context(|| log_of(&directory.join("dump.log")))?;
+        Ok(())
     }
 
     /// Dumps the tree of `pid` into `directory`, which is created.

@@ -59,14 +59,8 @@ impl Crxfer {
                 .args(build)
                 .current_dir(run::workspace()),
         )?;
-        let own = std::env::current_exe()?;
-        // target/PROFILE/xtask and target/release/crxfer, wherever target is.
-        let target = own
-            .ancestors()
-            .nth(2)
-            .context("xtask runs outside of target/")?;
         Ok(Self {
-            program: target.join("release/crxfer"),
+            program: run::target()?.join("release/crxfer"),
         })
     }
 

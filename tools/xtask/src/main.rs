@@ -1,4 +1,8 @@
 //! Developer commands of crxfer: `cargo xtask demo`, `cargo xtask test`, `cargo xtask ci`.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "tests and demo measure real time"
+)]
 
 mod apt;
 mod checkpoint;

@@ -19,6 +19,17 @@ pub(crate) fn workspace() -> &'static Path {
         .expect("xtask lies two levels below the workspace")
 }
 
+/// The directory of build results, wherever it is.
+pub(crate) fn target() -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    // target/PROFILE/xtask
+    let target = own
+        .ancestors()
+        .nth(2)
+        .context("xtask runs outside of target/")?;
+    Ok(target.to_owned())
+}
+
 /// Whether this process may do what root may.
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()

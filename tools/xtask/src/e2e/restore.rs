@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use super::{Context, Report, Scope};
 use crate::apt::{self, Needed};
 use crate::checkpoint::{resolve, same_files};
-use crate::criu::{Criu, End};
+use crate::criu::{self, Criu, End};
 use crate::crxfer::{LAYOUTS, Place};
 use crate::hosts::{Hosts, Rate};
 use crate::run;
@@ -19,8 +19,12 @@ use crate::workload::{Memcached, Nginx, Redis, Tree, Values, Workload};
 /// Where the pages of a dump go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pages {
+    /// To the images directory, all of them in both dumps.
     Directory,
+    /// To a `criu page-server`.
     PageServer,
+    /// First in a pre-dump, then in a dump what was written since.
+    PreDumped,
 }
 
 const PAGE_SERVER_PORT: u16 = 27_001;
@@ -37,7 +41,7 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
     let redis = |_: &Path| -> Box<dyn Workload> { Box::new(Redis::new(Values::new(values, 3000))) };
     let nginx = |place: &Path| -> Box<dyn Workload> { Box::new(Nginx::new(place.to_owned())) };
     let tree = |place: &Path| -> Box<dyn Workload> { Box::new(Tree::new(place.to_owned())) };
-    let mut group = |name, needed: &[Needed], pages, make: &dyn Fn(&Path) -> Box<dyn Workload>| {
+    let mut group = |criu: &Criu, name, needed: &[Needed], pages, make: Maker<'_>| {
         Group {
             name,
             needed,
@@ -46,25 +50,51 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
         }
         .run(context, criu, report);
     };
-    group("tree", &[], Pages::Directory, &tree);
-    group("memcached", &[apt::MEMCACHED], Pages::Directory, &memcached);
-    group("redis", &[apt::REDIS], Pages::Directory, &redis);
-    group("nginx", &[apt::NGINX], Pages::Directory, &nginx);
+    let mc = &[apt::MEMCACHED];
+    group(criu, "tree", &[], Pages::Directory, &tree);
+    group(criu, "memcached", mc, Pages::Directory, &memcached);
+    group(criu, "redis", &[apt::REDIS], Pages::Directory, &redis);
+    group(criu, "nginx", &[apt::NGINX], Pages::Directory, &nginx);
     group(
+        criu,
         "memcached-page-server",
-        &[apt::MEMCACHED],
+        mc,
         Pages::PageServer,
         &memcached,
     );
-    group("tree-page-server", &[], Pages::PageServer, &tree);
+    group(criu, "tree-page-server", &[], Pages::PageServer, &tree);
+    if criu.tracks_writes() {
+        group(
+            criu,
+            "memcached-pre-dumped",
+            mc,
+            Pages::PreDumped,
+            &memcached,
+        );
+        group(criu, "tree-pre-dumped", &[], Pages::PreDumped, &tree);
+    } else {
+        println!(
+            "  cases with pre-dumps: skipped, this kernel does not track writes (CONFIG_MEM_SOFT_DIRTY)"
+        );
+    }
+    if context.scope == Scope::All {
+        match run::target().and_then(|target| criu::ensure_older(&target)) {
+            // It cannot dump TCP sockets on new kernels.
+            Ok(older) => group(&older, "tree-criu-4.1", &[], Pages::Directory, &tree),
+            Err(error) => println!("  cases with CRIU 4.1: skipped: {error:#}"),
+        }
+    }
 }
+
+/// Makes a workload that keeps its files in the given directory.
+type Maker<'a> = &'a dyn Fn(&Path) -> Box<dyn Workload>;
 
 /// The cases with one program: it is dumped once, and restored from each layout.
 struct Group<'a> {
     name: &'static str,
     needed: &'a [Needed],
     pages: Pages,
-    make: &'a dyn Fn(&Path) -> Box<dyn Workload>,
+    make: Maker<'a>,
 }
 
 /// A program that exists only in two dumps.
@@ -74,6 +104,8 @@ struct Dumped {
     workload: Box<dyn Workload>,
     pid: u32,
     dumps: [PathBuf; 2],
+    /// What the first one is said to be.
+    first_is: &'static str,
 }
 
 impl Group<'_> {
@@ -106,7 +138,10 @@ impl Group<'_> {
             scratch.path().join("source/1"),
             scratch.path().join("source/2"),
         ];
-        self.dump(criu, &hosts, pid, &dumps[0], End::LeaveRunning)?;
+        match self.pages {
+            Pages::PreDumped => criu.pre_dump(&hosts.a, pid, &dumps[0])?,
+            _ => self.dump(criu, &hosts, pid, &dumps[0], End::LeaveRunning)?,
+        }
         workload.write(&hosts.a)?;
         self.dump(criu, &hosts, pid, &dumps[1], End::Kill)?;
         Ok(Dumped {
@@ -115,12 +150,22 @@ impl Group<'_> {
             workload,
             pid,
             dumps,
+            first_is: if self.pages == Pages::PreDumped {
+                "pre-dump"
+            } else {
+                "complete"
+            },
         })
     }
 
     fn dump(&self, criu: &Criu, hosts: &Hosts, pid: u32, directory: &Path, end: End) -> Result<()> {
-        if self.pages == Pages::Directory {
-            return criu.dump(&hosts.a, pid, directory, end, &[]);
+        match self.pages {
+            Pages::Directory => return criu.dump(&hosts.a, pid, directory, end, &[]),
+            Pages::PreDumped => {
+                let parent = ["--track-mem", "--prev-images-dir", "../1"];
+                return criu.dump(&hosts.a, pid, directory, end, &parent);
+            }
+            Pages::PageServer => {}
         }
         let server = directory.with_extension("server");
         let page_server = criu.page_server(&hosts.b, &server, PAGE_SERVER_PORT)?;
@@ -156,8 +201,13 @@ impl Dumped {
                 .crxfer
                 .send(Place::On(&self.hosts.a), dump, &receiver, name)
                 .with_context(|| format!("crxfer recv said:\n{}", receiver.said()))?;
+            let wanted = if name == "1" {
+                self.first_is
+            } else {
+                "complete"
+            };
             ensure!(
-                sent.completeness == "complete",
+                sent.completeness == wanted,
                 "{name} is said to be {}",
                 sent.completeness
             );
