@@ -1,5 +1,9 @@
 //! Debian packages that the demo and the tests use.
 
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
 
@@ -68,7 +72,11 @@ fn install(packages: &[&str]) -> Result<()> {
     let _one_at_a_time = LOCK
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
-    println!("installing with apt-get: {}", packages.join(" "));
+    println!(
+        "installing with apt-get, without starting services: {}",
+        packages.join(" ")
+    );
+    let _no_services = NoServices::new();
     if run::quiet(&mut apt_get(packages)).is_ok() {
         return Ok(());
     }
@@ -83,7 +91,34 @@ fn apt_get(packages: &[&str]) -> Command {
         .args(["-qq", "-y", "--no-install-recommends", "install"])
         .args(packages);
     command.env("DEBIAN_FRONTEND", "noninteractive");
-    // Services would take the ports and the processors of the tests.
-    command.env("RUNLEVEL", "1");
     command
+}
+
+/// While it exists, packages do not start the services that they bring: Debian asks this script.
+#[derive(Debug)]
+struct NoServices(Option<&'static Path>);
+
+impl NoServices {
+    fn new() -> Self {
+        let script = Path::new("/usr/sbin/policy-rc.d");
+        // One that is there already belongs to the administrator.
+        let written = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o755)
+            .open(script);
+        let written = written.and_then(|mut file| file.write_all(b"#!/bin/sh\nexit 101\n"));
+        Self(written.is_ok().then_some(script))
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if let Some(script) = self.0 {
+            // Services that do not start later would be noticed by nobody: say so.
+            if let Err(error) = fs::remove_file(script) {
+                eprintln!("remove {} by hand: {error}", script.display());
+            }
+        }
+    }
 }

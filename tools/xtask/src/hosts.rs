@@ -98,7 +98,7 @@ impl Host {
                 "--mount-proc",
                 "--kill-child",
             ])
-            .arg(std::env::current_exe()?)
+            .arg(run::own_program()?)
             .arg("init")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

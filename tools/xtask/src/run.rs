@@ -19,9 +19,20 @@ pub(crate) fn workspace() -> &'static Path {
         .expect("xtask lies two levels below the workspace")
 }
 
+/// This program, to be started again. A build may have replaced its file since it was started: the
+/// new one does as well, but the kernel then adds a remark to the name of the old.
+pub(crate) fn own_program() -> Result<PathBuf> {
+    let path = std::env::current_exe()?;
+    let replaced = path
+        .to_str()
+        .and_then(|path| path.strip_suffix(" (deleted)"))
+        .map(PathBuf::from);
+    Ok(replaced.filter(|path| path.exists()).unwrap_or(path))
+}
+
 /// The directory of build results, wherever it is.
 pub(crate) fn target() -> Result<PathBuf> {
-    let own = std::env::current_exe()?;
+    let own = own_program()?;
     // target/PROFILE/xtask
     let target = own
         .ancestors()

@@ -10,6 +10,8 @@ use std::{fs, io, thread};
 
 use anyhow::{Context, Result};
 
+use crate::run;
+
 /// A directory of its own, removed when dropped; after ctrl-C or a kill a guard process removes it.
 #[derive(Debug)]
 pub(crate) struct Scratch {
@@ -25,7 +27,7 @@ impl Scratch {
         let name = format!("crxfer-{purpose}-{}-{number}", std::process::id());
         let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
-        let guard = Command::new(std::env::current_exe()?)
+        let guard = Command::new(run::own_program()?)
             .arg("guard")
             .arg(&path)
             .stdin(Stdio::piped())

@@ -82,6 +82,11 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
+    /// Whether no case ran at all.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.passed + self.failed == 0
+    }
+
     /// Fails if a case did.
     pub(crate) fn verdict(&self) -> Result<()> {
         if self.failed > 0 {
