@@ -2,8 +2,16 @@
 
 pub mod delta;
 pub mod digest;
+pub mod identity;
+pub mod image;
 pub mod page;
 pub mod session;
 pub mod store;
 mod sys;
+mod text;
+pub mod ticket;
+#[cfg(feature = "net")]
+pub mod transfer;
+#[cfg(feature = "net")]
+pub mod transport;
 pub mod wire;

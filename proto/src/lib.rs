@@ -1,9 +1,17 @@
-//! Wire messages of crxfer, generated from `proto/crxfer/v1/*.proto` by `cargo xtask proto`.
+//! The protobuf messages of crxfer: CRIU's image messages and its own wire messages.
 //!
-//! No logic lives here; `crxfer::wire` turns these into types that cannot be wrong.
+//! Everything here is generated from the `.proto` files of this crate by `cargo xtask proto` and
+//! committed, so that building crxfer needs no protobuf compiler. No logic lives here:
+//! `crxfer::wire` and `crxfer::image` turn these into types that cannot be wrong.
+
+/// Messages of CRIU image files.
+pub mod criu {
+    #![allow(missing_docs, reason = "generated; the .proto file documents the fields")]
+    include!("generated/criu.rs");
+}
 
 /// Session and store messages, version 1.
-#[allow(missing_docs, clippy::all, unreachable_pub, reason = "generated code")]
 pub mod v1 {
+    #![allow(missing_docs, reason = "generated; the .proto files document the fields")]
     include!("generated/crxfer.v1.rs");
 }

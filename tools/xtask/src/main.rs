@@ -13,6 +13,7 @@ mod demo;
 mod e2e;
 mod hosts;
 mod licences;
+mod proto;
 mod run;
 mod scratch;
 mod table;
@@ -47,6 +48,12 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Generate Rust from the .proto files
+    Proto {
+        /// Change nothing; fail if the committed Rust is not up to date
+        #[arg(long)]
+        check: bool,
+    },
     /// Check the licence and origin of every dependency
     Licences,
     /// Process 1 of a test host
@@ -65,6 +72,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(),
         Command::InstallCriu { options } => criu::install(&options),
         Command::Licences => licences::check(),
+        Command::Proto { check } => proto::run(run::workspace(), check).map_err(Into::into),
         Command::Init => hosts::init(),
         Command::Guard { directories } => scratch::guard(&directories),
     };

@@ -1,0 +1,24 @@
+//! CRIU image directories as files.
+//!
+//! Reads and writes what a transfer must understand, the memory, and treats the rest as opaque
+//! bytes. Nothing here speaks to a socket or decides what to send.
+
+pub mod dir;
+mod error;
+pub mod framing;
+pub mod inventory;
+pub mod name;
+pub mod pagemap;
+mod records;
+pub mod resolve;
+pub mod stats;
+pub mod tree;
+
+pub use dir::{DirId, FileInfo, FileStat, ImageDir, Listing, ParentLink, ParentLinks};
+pub use error::{ImageError, RunFault};
+pub use inventory::Inventory;
+pub use name::{FileKind, PagemapName, pages_file_name};
+pub use pagemap::{PageFlags, PageRun, Pagemap};
+pub use resolve::{ResolveError, ResolvedRun, Source, resolve};
+pub use stats::DumpStats;
+pub use tree::{ProcessTree, Task};

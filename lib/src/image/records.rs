@@ -1,0 +1,56 @@
+//! Decoding images of which all records have one type.
+
+use prost::Message;
+
+use super::error::ImageError;
+use super::framing::Records;
+
+/// All records of an image, decoded.
+pub(crate) fn decode_all<M: Message + Default>(
+    bytes: &[u8],
+    file: &str,
+    magic: u32,
+) -> Result<Vec<M>, ImageError> {
+    let framing = |error| ImageError::Framing {
+        file: file.to_owned(),
+        error,
+    };
+    let records = Records::parse(bytes).map_err(framing)?;
+    if records.magic() != magic {
+        return Err(ImageError::WrongMagic {
+            file: file.to_owned(),
+            expected: magic,
+            found: records.magic(),
+        });
+    }
+    records
+        .map(|record| {
+            let record = record.map_err(framing)?;
+            M::decode(record.message).map_err(|error| ImageError::BadRecord {
+                file: file.to_owned(),
+                offset: record.offset,
+                what: error.to_string(),
+            })
+        })
+        .collect()
+}
+
+/// The one record of an image that has exactly one.
+pub(crate) fn decode_one<M: Message + Default>(
+    bytes: &[u8],
+    file: &str,
+    magic: u32,
+) -> Result<M, ImageError> {
+    let mut records = decode_all(bytes, file, magic)?;
+    let bad = |what| ImageError::BadCount {
+        file: file.to_owned(),
+        what,
+    };
+    let record = records
+        .pop()
+        .ok_or_else(|| bad("holds no record where one is due"))?;
+    if !records.is_empty() {
+        return Err(bad("holds several records where one is due"));
+    }
+    Ok(record)
+}
