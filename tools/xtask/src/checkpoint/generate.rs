@@ -100,6 +100,34 @@ impl Synthetic {
         Ok(())
     }
 
+    /// Writes what a pre-dump leaves: memory and a short inventory.
+    pub(crate) fn pre_dump(&self, directory: &Path) -> Result<()> {
+        self.pages_only(directory)?;
+        let inventory = Message::new()
+            .number(1, 0)
+            .number(8, 1_000_000)
+            .number(9, 1);
+        let inventory = inventory.message(12, &Message::new());
+        write_image(
+            &directory.join("inventory.img"),
+            &[INVENTORY_MAGIC],
+            &[inventory],
+        )?;
+        Ok(())
+    }
+
+    /// Writes what a page server leaves: memory.
+    pub(crate) fn pages_only(&self, directory: &Path) -> Result<()> {
+        self.dump(directory)?;
+        for file in fs::read_dir(directory)? {
+            let file = file?;
+            if !file.file_name().to_string_lossy().starts_with("page") {
+                fs::remove_file(file.path())?;
+            }
+        }
+        Ok(())
+    }
+
     /// The memory that a dump stands for.
     pub(crate) fn memory(&self) -> Memory {
         let digests = |first: u64, pages: Range<usize>| {

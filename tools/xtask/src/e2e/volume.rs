@@ -39,6 +39,9 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
             || chain(context, layout),
         );
     }
+    report.case("incomplete sets are carried and marked", || {
+        incomplete(context)
+    });
     report.case("faithful copy is byte-identical with odd files", || {
         odd_files(context)
     });
@@ -169,6 +172,27 @@ fn chain(context: &Context, layout: &str) -> Result<String> {
         }
     } else if layout == "flat" {
         ensure!(!set.join("parent").exists(), "a flat set has a parent");
+    }
+    Ok(String::new())
+}
+
+fn incomplete(context: &Context) -> Result<String> {
+    let stage = Stage::new(context, Rate::Unlimited)?;
+    let process = Synthetic::mixed(1000, 18);
+    process.pre_dump(&stage.source("pre-dump"))?;
+    process.pages_only(&stage.source("pages-only"))?;
+    for layout in LAYOUTS {
+        let receiver = stage.receive(layout, &[])?;
+        for name in ["pre-dump", "pages-only"] {
+            let kept = format!("{name}-{layout}");
+            let (sent, _) = stage.send(&stage.source(name), &receiver, &kept)?;
+            ensure!(
+                sent.completeness == name,
+                "{name} is said to be {}",
+                sent.completeness
+            );
+            resolve(&stage.received().join(&kept))?.ensure_same(&process.memory())?;
+        }
     }
     Ok(String::new())
 }
