@@ -2,4 +2,5 @@
 //!
 //! Everything is a function of a seed: the same arguments give the same bytes on every host.
 
+pub mod image;
 pub mod pages;

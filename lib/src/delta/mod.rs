@@ -1,6 +1,7 @@
-//! What a destination lacks: the manifest of one set, and the recipe by which its files are built.
-//! Reads no files and no clock.
+//! What a destination lacks: the manifest of one set, the recipe by which its files are built, and
+//! how blocks are packed for the wire. Reads no files and no clock.
 
+pub mod codec;
 mod manifest;
 mod recipe;
 

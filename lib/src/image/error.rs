@@ -224,6 +224,16 @@ pub enum ImageError {
     /// A file or directory changed while it was used.
     #[error("{}: changed while it was read; wait until criu has finished and try again", .0.display())]
     Changed(PathBuf),
+    /// Two sets that were to be compared count in different page sizes.
+    #[error("{}: has pages of {second} bytes, the other set of {first}; they cannot be compared", directory.display())]
+    DifferentPageSizes {
+        /// The second set.
+        directory: PathBuf,
+        /// Page size of the first set in bytes.
+        first: u64,
+        /// Page size of the second set in bytes.
+        second: u64,
+    },
     /// The output of an operation exists already.
     #[error("{}: exists already; give a name that does not, or remove it", .0.display())]
     OutputExists(PathBuf),

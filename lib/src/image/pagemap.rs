@@ -254,6 +254,28 @@ impl Pagemap {
     }
 }
 
+/// Which field of a pagemap's entries holds the page count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CountForm {
+    /// Only field 2: CRIU up to 4.1.
+    Old,
+    /// Fields 2 and 5 with the same count: written by this crate.
+    Both,
+    /// Field 5, with 0 in field 2: CRIU 4.2 and later.
+    New,
+}
+
+/// The form of a pagemap file's first entry; `None` if it has none that can be read.
+pub fn count_form(bytes: &[u8]) -> Option<CountForm> {
+    let record = Records::parse(bytes).ok()?.nth(1)?.ok()?;
+    let entry = criu::PagemapEntry::decode(record.message).ok()?;
+    Some(match (entry.nr_pages, entry.compat_nr_pages) {
+        (None, _) => CountForm::Old,
+        (Some(count), Some(compat)) if count == u64::from(compat) => CountForm::Both,
+        (Some(_), _) => CountForm::New,
+    })
+}
+
 fn parse_head(record: Record<'_>, name: &str) -> Result<u32, ImageError> {
     let head = criu::PagemapHead::decode(record.message)
         .map_err(|error| bad_record(name, record, &format!("not a pagemap head ({error})")))?;

@@ -59,12 +59,16 @@ impl ProcessTree {
                 what,
             });
         }
-        let mut tree = Self::default();
+        let bad = |what| ImageError::BadCount {
+            file: "pstree.img".to_owned(),
+            what,
+        };
+        let (mut tree, mut pids) = (Self::default(), BTreeSet::new());
         for entry in entries {
-            let pid = entry.pid.ok_or_else(|| ImageError::BadCount {
-                file: "pstree.img".to_owned(),
-                what: "a process has no pid",
-            })?;
+            let pid = entry.pid.ok_or_else(|| bad("a process has no pid"))?;
+            if !pids.insert(pid) {
+                return Err(bad("a pid comes twice"));
+            }
             tree.tasks.push(parse_task(pid, entry.threads, &mut read)?);
             let name = format!("mm-{pid}.img");
             if let Some(bytes) = read(&name)? {

@@ -184,6 +184,11 @@ impl Source {
         self.counts
     }
 
+    /// Which set of the plan is being sent.
+    pub fn set_index(&self) -> usize {
+        self.index
+    }
+
     /// How the destination lays sets out; known after its first message.
     pub fn layout(&self) -> Layout {
         self.layout

@@ -137,6 +137,13 @@ impl Store {
         Ok(self.records()?.into_iter().find(|record| Some(record.inode) == inode))
     }
 
+    /// How a set is called in messages: its name, or its number where that is another's by now.
+    pub fn name_of(&self, id: u64) -> Result<String, StoreError> {
+        let records = self.records()?;
+        let named = records.iter().find(|record| record.id == id && !record.superseded && !record.name.is_empty());
+        Ok(named.map_or_else(|| format!("#{id}"), |record| record.name.clone()))
+    }
+
     /// A set of this peer with the root digest `root`, the newest if there are several.
     pub fn find_root(&self, peer: &[u8; 32], root: &Digest) -> Result<Option<Record>, StoreError> {
         let mut records = self.records()?;

@@ -1,6 +1,6 @@
 //! Staging, publishing, superseding and removing sets.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
@@ -438,12 +438,4 @@ pub(super) fn remove_tree(path: &Path) -> Result<(), StoreError> {
 
 fn remove_if_there(path: &Path) -> Result<(), StoreError> {
     if path.exists() { remove_tree(path) } else { Ok(()) }
-}
-
-/// Writes the bytes of `file` to disk where `durable`.
-pub(crate) fn sync_file(path: &Path, durable: bool) -> Result<(), StoreError> {
-    if durable {
-        File::open(path).and_then(|file| file.sync_all()).tried("sync", path)?;
-    }
-    Ok(())
 }

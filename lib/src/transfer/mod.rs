@@ -1,0 +1,23 @@
+//! The drivers: tasks, sockets, files and the clock around the session, the store and the images.
+//!
+//! [`send`] moves one image directory, with what it builds on, to where a [`Receiver`] waits.
+
+mod assemble;
+mod chain;
+mod error;
+mod event;
+mod files;
+mod pack;
+mod plan;
+mod recv;
+mod send;
+
+pub use error::TransferError;
+pub use event::{Event, Events, Received};
+pub use recv::{ReceiveOptions, Receiver};
+pub use send::{SendOptions, SendReport, Target, send};
+
+/// Name and version of this program, as told to the peer.
+pub(crate) fn software() -> String {
+    concat!("crxfer ", env!("CARGO_PKG_VERSION")).to_owned()
+}

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! 0      4      8              16     17     18   20       24         28           32
-//! | set  | file | segment      | codec| 0    | ops count   | raw len  | payload len | ops … | payload …
+//! | set  | file | segment      | codec| 0    | ops len     | raw len  | payload len | ops … | payload …
 //! ```
-//! All numbers are little-endian. `raw len` is the length of the literal blocks, `payload len` that
+//! All numbers are little-endian. `ops len` is the length of the ops in bytes, `raw len` is the length of the literal blocks, `payload len` that
 //! of what carries them (equal where the codec is raw). Each op is 8 or 20 bytes.
 
 use crate::delta::BlockRef;
@@ -70,8 +70,8 @@ pub struct FrameHeader {
     pub segment: u64,
     /// How the payload is carried.
     pub codec: Codec,
-    /// Number of ops.
-    pub ops: u32,
+    /// Bytes of the ops.
+    pub ops_len: u32,
     /// Bytes of the literal blocks.
     pub raw_len: u32,
     /// Bytes of the payload.
@@ -100,7 +100,7 @@ impl FrameHeader {
             Codec::Raw => 0,
             Codec::Zstd => 1,
         };
-        out[20..24].copy_from_slice(&self.ops.to_le_bytes());
+        out[20..24].copy_from_slice(&self.ops_len.to_le_bytes());
         out[24..28].copy_from_slice(&self.raw_len.to_le_bytes());
         out[28..32].copy_from_slice(&self.payload_len.to_le_bytes());
         out
@@ -118,7 +118,7 @@ impl FrameHeader {
                 1 => Codec::Zstd,
                 _ => return Err(FrameError::Field("codec")),
             },
-            ops: word(20),
+            ops_len: word(20),
             raw_len: word(24),
             payload_len: word(28),
         };
@@ -127,7 +127,7 @@ impl FrameHeader {
     }
 
     fn check(&self) -> Result<(), FrameError> {
-        if self.ops == 0 || self.ops as usize > limits::FRAME_OPS {
+        if self.ops_len == 0 || self.ops_len as usize > limits::FRAME_OPS * SAME_LEN {
             return Err(FrameError::Field("number of runs"));
         }
         if self.raw_len > limits::FRAME_BYTES {
@@ -139,11 +139,6 @@ impl FrameHeader {
             Codec::Zstd if self.payload_len >= self.raw_len => Err(FrameError::Field("payload length")),
             _ => Ok(()),
         }
-    }
-
-    /// Most bytes that the ops of this frame can have.
-    pub fn max_ops_len(&self) -> usize {
-        self.ops as usize * SAME_LEN
     }
 }
 
@@ -170,19 +165,19 @@ pub fn encode_ops(ops: &[Op]) -> Vec<u8> {
     out
 }
 
-/// Reads `count` ops from the front of `bytes`; returns them and how many bytes they took.
-pub fn decode_ops(bytes: &[u8], count: u32) -> Result<(Vec<Op>, usize), FrameError> {
-    if count as usize > limits::FRAME_OPS {
-        return Err(FrameError::Field("number of runs"));
-    }
-    let mut ops = Vec::with_capacity(count as usize);
-    let mut at = 0;
-    for _ in 0..count {
-        let (op, len) = decode_op(&bytes[at..])?;
+/// Reads the ops of a frame; they fill `bytes` exactly.
+pub fn decode_ops(bytes: &[u8]) -> Result<Vec<Op>, FrameError> {
+    let mut ops = Vec::new();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let (op, len) = decode_op(rest)?;
         ops.push(op);
-        at += len;
+        rest = &rest[len..];
+        if ops.len() > limits::FRAME_OPS {
+            return Err(FrameError::Field("number of runs"));
+        }
     }
-    Ok((ops, at))
+    Ok(ops)
 }
 
 fn decode_op(bytes: &[u8]) -> Result<(Op, usize), FrameError> {
@@ -221,7 +216,7 @@ mod tests {
             file: 2,
             segment: 3,
             codec: Codec::Zstd,
-            ops: 4,
+            ops_len: 4,
             raw_len: 8192,
             payload_len: 100,
         };
@@ -236,10 +231,10 @@ mod tests {
 
     #[test]
     fn impossible_headers_are_refused() {
-        let good = FrameHeader { set: 1, file: 0, segment: 0, codec: Codec::Raw, ops: 1, raw_len: 4096, payload_len: 4096 };
+        let good = FrameHeader { set: 1, file: 0, segment: 0, codec: Codec::Raw, ops_len: 8, raw_len: 4096, payload_len: 4096 };
         for bad in [
-            FrameHeader { ops: 0, ..good },
-            FrameHeader { ops: 257, ..good },
+            FrameHeader { ops_len: 0, ..good },
+            FrameHeader { ops_len: 257 * 20, ..good },
             FrameHeader { raw_len: limits::FRAME_BYTES + 1, payload_len: limits::FRAME_BYTES + 1, ..good },
             FrameHeader { payload_len: 4095, ..good },
             FrameHeader { codec: Codec::Zstd, ..good },
@@ -252,8 +247,8 @@ mod tests {
     fn ops_come_back() {
         let ops = [Op::Literal(3), Op::Zero(1), Op::Same(2, BlockRef { file: 7, block: 1 << 29 }), Op::Held(5)];
         let bytes = encode_ops(&ops);
-        assert_eq!(decode_ops(&bytes, 4), Ok((ops.to_vec(), bytes.len())));
-        assert_eq!(decode_ops(&bytes[..bytes.len() - 1], 4), Err(FrameError::Short));
+        assert_eq!(decode_ops(&bytes), Ok(ops.to_vec()));
+        assert_eq!(decode_ops(&bytes[..bytes.len() - 1]), Err(FrameError::Short));
     }
 
     #[test]

@@ -1,0 +1,102 @@
+//! Which stored set an incremental one builds on.
+
+use std::collections::BTreeMap;
+
+use super::Assembler;
+use super::memory::MemoryPages;
+use crate::image::{PagemapName, Pagemap};
+use crate::store::{Record, StoreError};
+use crate::transfer::TransferError;
+use crate::transfer::chain::{PageDigests, StoredChain};
+
+/// Sets that are compared page by page; the newest are the likeliest.
+const COMPARED: usize = 8;
+
+/// A set that shares less than this part of its pages is not worth depending on.
+const LEAST_SHARE: u64 = 16;
+
+/// Longest chain that is built. CRIU reads deep chains as fast as short ones, but every directory
+/// of one must be kept; past this a set is written whole.
+const DEEPEST: usize = 32;
+
+impl Assembler<'_> {
+    /// The set to build on: the one that the operator named, else the source's parent, else the
+    /// stored set of this peer that shares most.
+    pub(super) fn find_base(
+        &self,
+        pagemaps: &BTreeMap<PagemapName, Pagemap>,
+        parent: Option<&StoredChain>,
+    ) -> Result<Option<StoredChain>, TransferError> {
+        if let Some(name) = &self.job.begin.base_name {
+            let record = self.store.current(name.as_str())?;
+            let record = record.filter(|record| record.peer == self.peer);
+            let record = record.ok_or_else(|| StoreError::NoSuchSet(name.to_string()))?;
+            return self.usable(&record);
+        }
+        if let Some(parent) = parent {
+            let record = self.store.records()?.into_iter().find(|record| record.id == parent.levels[0].id);
+            return record.map_or(Ok(None), |record| self.usable(&record));
+        }
+        self.most_alike(pagemaps)
+    }
+
+    fn most_alike(&self, pagemaps: &BTreeMap<PagemapName, Pagemap>) -> Result<Option<StoredChain>, TransferError> {
+        let pages: u64 = pagemaps.values().map(Pagemap::present_pages).sum();
+        let mut best = None;
+        let mut most = pages / LEAST_SHARE;
+        for record in self.candidates()? {
+            let Some(chain) = self.usable(&record)? else { continue };
+            let shared = self.shared_pages(pagemaps, &chain)?;
+            if shared > most {
+                most = shared;
+                best = Some(chain);
+            }
+            // Nothing can be much better.
+            if shared >= pages - pages / 64 {
+                break;
+            }
+        }
+        Ok(best)
+    }
+
+    // The set with the same name first, then the newest.
+    fn candidates(&self) -> Result<Vec<Record>, TransferError> {
+        let mut records = self.store.records()?;
+        records.retain(|record| record.peer == self.peer && record.page_size == self.job.manifest.page_size);
+        records.reverse();
+        records.sort_by_key(|record| record.superseded || record.name != self.job.begin.name.as_str());
+        records.truncate(COMPARED);
+        Ok(records)
+    }
+
+    fn usable(&self, record: &Record) -> Result<Option<StoredChain>, TransferError> {
+        if record.completeness == "opaque" || record.page_size != self.job.manifest.page_size {
+            return Ok(None);
+        }
+        match StoredChain::open(self.store, record.id) {
+            Ok(chain) if chain.levels.len() < DEEPEST => Ok(Some(chain)),
+            Ok(_) => Ok(None),
+            Err(error) => {
+                tracing::warn!("{error}; nothing is built on it");
+                Ok(None)
+            }
+        }
+    }
+
+    fn shared_pages(
+        &self,
+        pagemaps: &BTreeMap<PagemapName, Pagemap>,
+        chain: &StoredChain,
+    ) -> Result<u64, TransferError> {
+        let mut shared = 0;
+        for (&name, pagemap) in pagemaps {
+            let mut stored = PageDigests::new(chain, name, pagemap.page_size())?;
+            for page in MemoryPages::new(self, name, pagemap, None)? {
+                let page = page?;
+                let same = page.digest.is_some_and(|digest| stored.at(page.vaddr) == Some(digest));
+                shared += u64::from(same);
+            }
+        }
+        Ok(shared)
+    }
+}

@@ -1,0 +1,167 @@
+//! Frames from the blocks of a segment: gathered, compressed where that pays, held to the rate.
+
+use std::cell::RefCell;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::TransferError;
+use super::plan::SourceSet;
+use crate::delta::codec::{CodecPolicy, Compressor, Sent, pack};
+use crate::delta::FileMeta;
+use crate::session::SessionError;
+use crate::transport::Connection;
+use crate::wire::{Codec, FrameHeader, Op, SegmentAt, encode_ops};
+
+thread_local! {
+    // A zstd context is a few hundred kilobytes: one for each thread that packs.
+    static COMPRESSOR: RefCell<Option<Compressor>> = const { RefCell::new(None) };
+}
+
+/// A frame ready for its stream.
+#[derive(Debug)]
+pub(super) struct Packed {
+    pub(super) parts: [Bytes; 2],
+    pub(super) compressed_pages: u64,
+    pub(super) wire_len: u64,
+}
+
+/// Packs the frames of one transfer.
+#[derive(Debug)]
+pub(super) struct Packer {
+    sets: Arc<Vec<SourceSet>>,
+    connection: Connection,
+    bytes_per_s: Option<u64>,
+    begun: Instant,
+    policy: Mutex<CodecPolicy>,
+    last_sent: Mutex<Instant>,
+}
+
+impl Packer {
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+    pub(super) fn new(sets: Arc<Vec<SourceSet>>, connection: Connection, bytes_per_s: Option<u64>) -> Self {
+        let begun = Instant::now();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut policy = CodecPolicy::new(threads.min(super::send::BULK_STREAMS));
+        if let Some(rate) = bytes_per_s {
+            #[expect(clippy::cast_precision_loss, reason = "a rate is an estimate")]
+            policy.assume_link(rate as f64);
+        }
+        Self { sets, connection, bytes_per_s, begun, policy: Mutex::new(policy), last_sent: Mutex::new(begun) }
+    }
+
+    /// Packs the literal blocks of a segment; `bytes` is the whole segment where it is still in
+    /// memory. `at.set` is the set's index in the plan, `number` its number in the session.
+    pub(super) fn pack(
+        &self,
+        at: SegmentAt,
+        number: u32,
+        ops: &[Op],
+        bytes: Option<Bytes>,
+    ) -> Result<Packed, TransferError> {
+        let set = &self.sets[at.set as usize];
+        let meta = &set.files[at.file as usize];
+        let (raw, blocks) = self.gather(set, meta, at, ops, bytes)?;
+        let compressed = if raw.is_empty() { None } else { self.compress(&raw) };
+        let ops = encode_ops(ops);
+        let (codec, payload) = match compressed {
+            Some(payload) => (Codec::Zstd, Bytes::from(payload)),
+            None => (Codec::Raw, raw.clone()),
+        };
+        let len = |bytes: usize| u32::try_from(bytes).expect("frames are limited");
+        let header = FrameHeader {
+            set: number,
+            file: at.file,
+            segment: at.segment,
+            codec,
+            ops_len: len(ops.len()),
+            raw_len: len(raw.len()),
+            payload_len: len(payload.len()),
+        };
+        let head = [header.encode().as_slice(), &ops].concat();
+        let wire_len = (head.len() + payload.len()) as u64;
+        let compressed_pages = if codec == Codec::Zstd && meta.is_pages() { blocks } else { 0 };
+        Ok(Packed { parts: [head.into(), payload], compressed_pages, wire_len })
+    }
+
+    // The bytes of the literal blocks, and how many blocks they are.
+    fn gather(
+        &self,
+        set: &SourceSet,
+        meta: &FileMeta,
+        at: SegmentAt,
+        ops: &[Op],
+        bytes: Option<Bytes>,
+    ) -> Result<(Bytes, u64), TransferError> {
+        let segment = meta.segment_range(at.segment);
+        let whole = meta.bytes_of(&segment);
+        if let ([Op::Literal(count)], Some(bytes)) = (ops, &bytes) {
+            return Ok((bytes.clone(), u64::from(*count)));
+        }
+        let mut raw = Vec::new();
+        let (mut block, mut blocks) = (segment.start, 0);
+        for op in ops {
+            let end = block + u64::from(op.blocks());
+            if matches!(op, Op::Literal(_)) {
+                let range = meta.bytes_of(&(block..end));
+                match &bytes {
+                    Some(bytes) => {
+                        let fits = |at: u64| usize::try_from(at - whole.start).expect("within a segment");
+                        raw.extend_from_slice(&bytes[fits(range.start)..fits(range.end)]);
+                    }
+                    // A literal block was not zero when it was hashed: a hole now is a change.
+                    None => match set.read(at.file, range)? {
+                        Some(bytes) => raw.extend_from_slice(&bytes),
+                        None => return Err(SessionError::Changed(meta.name.to_string()).into()),
+                    },
+                }
+                blocks += u64::from(op.blocks());
+            }
+            block = end;
+        }
+        Ok((raw.into(), blocks))
+    }
+
+    // A frame that cannot be compressed goes as it is: no reason to end a transfer.
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+    fn compress(&self, raw: &[u8]) -> Option<Vec<u8>> {
+        COMPRESSOR.with_borrow_mut(|compressor| {
+            if compressor.is_none() {
+                *compressor = Compressor::new().ok();
+            }
+            pack(&self.policy, compressor.as_mut()?, raw, || Instant::now() - self.begun).ok()?
+        })
+    }
+
+    /// Waits until the rate that the user allows has room.
+    pub(super) async fn wait_for_rate(&self) {
+        let Some(rate) = self.bytes_per_s else { return };
+        loop {
+            let sent = self.connection.wire_bytes().0;
+            #[expect(clippy::cast_precision_loss, reason = "microseconds do not matter here")]
+            let due = Duration::from_secs_f64(sent as f64 / rate.max(1) as f64);
+            let elapsed = self.clock() - self.begun;
+            if due <= elapsed {
+                return;
+            }
+            tokio::time::sleep((due - elapsed).min(Duration::from_millis(50))).await;
+        }
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+    pub(super) fn clock(&self) -> Instant {
+        Instant::now()
+    }
+
+    /// A frame of `bytes` was handed over since `begun`.
+    pub(super) fn sent(&self, bytes: u64, begun: Instant) {
+        let now = self.clock();
+        let interval = now - std::mem::replace(&mut *lock(&self.last_sent), now);
+        lock(&self.policy).on_sent(Sent { bytes, waited: now - begun, interval });
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
