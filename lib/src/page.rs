@@ -26,7 +26,9 @@ impl PageSize {
         if !bytes.is_power_of_two() || !(Self::MIN_SHIFT..=Self::MAX_SHIFT).contains(&shift) {
             return Err(BadPageSize(bytes));
         }
-        Ok(Self { shift: u8::try_from(shift).map_err(|_| BadPageSize(bytes))? })
+        Ok(Self {
+            shift: u8::try_from(shift).map_err(|_| BadPageSize(bytes))?,
+        })
     }
 
     /// The page size of the running host.
@@ -40,7 +42,7 @@ impl PageSize {
     }
 
     /// Size in bytes, as a length in memory.
-    pub fn len(self) -> usize {
+    pub fn byte_len(self) -> usize {
         1 << self.shift
     }
 

@@ -5,8 +5,8 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use crxfer::image::{
-    Chain, Completeness, CriuVersion, DumpStats, ImageError, Inventory, PagemapName, PagesReader,
-    diff, flatten, inspect,
+    Chain, Completeness, CriuVersion, DumpStats, ImageError, Inventory, Pagemap, PagemapName,
+    PagesReader, ProcessTree, diff, flatten, inspect, resolve,
 };
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -250,4 +250,49 @@ fn a_set_differs_from_its_parent_by_what_was_written() {
         all.iter().any(|memory| memory.removed > 0),
         "some mappings are gone"
     );
+}
+
+/// Every file of a real dump that is parsed, with each bit of its first bytes flipped and cut at each
+/// of its first lengths: an error or another value, never a panic.
+#[test]
+fn no_damage_to_a_real_file_makes_a_parser_panic() {
+    let page_size = open("shm-tree/3").page_size();
+    let parse = |name: &str, bytes: &[u8]| match name {
+        "inventory.img" => Inventory::parse(bytes, name).is_ok(),
+        "stats-dump" => DumpStats::parse(bytes, name).is_ok(),
+        name if name.starts_with("pagemap-") => match Pagemap::parse(bytes, name, page_size) {
+            Ok(pagemap) => resolve(&[&pagemap, &pagemap]).is_ok() || pagemap.needs_parent(),
+            Err(error) => {
+                assert!(error.to_string().starts_with(name), "{error}");
+                false
+            }
+        },
+        name => ProcessTree::parse(|wanted| match wanted {
+            wanted if wanted == name => Ok(Some(bytes.to_vec())),
+            wanted => Ok(fs::read(testdata("shm-tree/3").join(wanted)).ok()),
+        })
+        .is_ok(),
+    };
+    for name in [
+        "inventory.img",
+        "stats-dump",
+        "pagemap-214.img",
+        "pagemap-shmem-14.img",
+        "pstree.img",
+        "core-214.img",
+        "ids-214.img",
+        "mm-214.img",
+        "memfd.img",
+    ] {
+        let good = fs::read(testdata("shm-tree/3").join(name)).unwrap();
+        assert!(parse(name, &good), "{name}");
+        for index in 0..good.len().min(120) {
+            parse(name, &good[..index]);
+            for bit in 0..8 {
+                let mut bytes = good.clone();
+                bytes[index] ^= 1 << bit;
+                parse(name, &bytes);
+            }
+        }
+    }
 }

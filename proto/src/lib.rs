@@ -6,12 +6,18 @@
 
 /// Messages of CRIU image files.
 pub mod criu {
-    #![allow(missing_docs, reason = "generated; the .proto file documents the fields")]
+    #![allow(
+        missing_docs,
+        reason = "generated; the .proto file documents the fields"
+    )]
     include!("generated/criu.rs");
 }
 
 /// Session and store messages, version 1.
 pub mod v1 {
-    #![allow(missing_docs, reason = "generated; the .proto files document the fields")]
+    #![allow(
+        missing_docs,
+        reason = "generated; the .proto files document the fields"
+    )]
     include!("generated/crxfer.v1.rs");
 }

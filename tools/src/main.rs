@@ -56,7 +56,14 @@ async fn main() {
 
 async fn run(cli: Cli) -> Result<(), Box<dyn std::error::Error>> {
     match cli.command {
-        Command::Recv { dir, listen, ticket_file, once, layout, .. } => {
+        Command::Recv {
+            dir,
+            listen,
+            ticket_file,
+            once,
+            layout,
+            ..
+        } => {
             let receiver = Receiver::bind(ReceiveOptions {
                 directory: dir,
                 listen: vec![listen],
@@ -84,7 +91,14 @@ async fn run(cli: Cli) -> Result<(), Box<dyn std::error::Error>> {
             receiver.run(once).await;
             receiver.close().await;
         }
-        Command::Send { dir, to, name, base, bwlimit, .. } => {
+        Command::Send {
+            dir,
+            to,
+            name,
+            base,
+            bwlimit,
+            ..
+        } => {
             let to = match to.strip_prefix('@') {
                 Some(file) => std::fs::read_to_string(file)?,
                 None => to,
@@ -97,7 +111,9 @@ async fn run(cli: Cli) -> Result<(), Box<dyn std::error::Error>> {
                 page_size: None,
                 bytes_per_s: bwlimit,
                 target: Target::Ticket(to.trim().parse()?),
-                identity: Identity::load_or_create(&PathBuf::from(state).join(".local/state/crxfer/identity.pem"))?,
+                identity: Identity::load_or_create(
+                    &PathBuf::from(state).join(".local/state/crxfer/identity.pem"),
+                )?,
                 transport: Options::default(),
                 events: Events::none(),
             })

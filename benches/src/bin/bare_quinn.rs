@@ -10,6 +10,8 @@
 //! `--cc NAME` `--no-gso` `--threads N` (0: single-thread runtime) `--copy` (write from a buffer in
 //! place of handing it over) `--block BYTES` `--discard` (receive without writing).
 
+#![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
@@ -149,6 +151,11 @@ async fn receive(setup: &Setup, into: &str, address: &str) -> Result<()> {
         reply.write_message(b"written").await?;
     }
     connection.close_and_tell(CloseCode::Done, "").await;
+    eprintln!(
+        "{{\"receiver_cpu_s\":{:.2},\"receiver_peak_rss_kib\":{}}}",
+        cpu_seconds(),
+        status("VmHWM:")
+    );
     Ok(())
 }
 

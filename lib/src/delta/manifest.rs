@@ -70,7 +70,10 @@ impl FileName {
         let name = name.into();
         check_name(&name)?;
         if name == "parent" {
-            return Err(BadName(name, "in an image directory that is the link to the parent"));
+            return Err(BadName(
+                name,
+                "in an image directory that is the link to the parent",
+            ));
         }
         Ok(Self(name))
     }
@@ -82,7 +85,10 @@ impl SetName {
         let name = name.into();
         check_name(&name)?;
         if name.starts_with('.') {
-            return Err(BadName(name, "names that start with a dot belong to the store"));
+            return Err(BadName(
+                name,
+                "names that start with a dot belong to the store",
+            ));
         }
         Ok(Self(name))
     }
@@ -104,7 +110,12 @@ pub struct FileMeta {
 impl FileMeta {
     /// A file of this name, size and mode in a directory dumped with pages of `page_size`.
     pub fn new(name: FileName, mode: u16, size: u64, page_size: PageSize) -> Self {
-        let mut meta = Self { name, mode, size, block_len: OPAQUE_BLOCK };
+        let mut meta = Self {
+            name,
+            mode,
+            size,
+            block_len: OPAQUE_BLOCK,
+        };
         if meta.is_pages() {
             meta.block_len = u32::try_from(page_size.bytes()).expect("pages have at most 2 MiB");
         }
@@ -200,12 +211,27 @@ mod tests {
     use super::*;
 
     fn file(size: u64, block_len: u32) -> FileMeta {
-        FileMeta { name: FileName::new("pages-1.img").unwrap(), mode: 0o644, size, block_len }
+        FileMeta {
+            name: FileName::new("pages-1.img").unwrap(),
+            mode: 0o644,
+            size,
+            block_len,
+        }
     }
 
     #[test]
     fn names_that_leave_the_directory_are_refused() {
-        for name in ["", ".", "..", "a/b", "/a", "a\0b", "a\nb", "parent", &"x".repeat(256)] {
+        for name in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "/a",
+            "a\0b",
+            "a\nb",
+            "parent",
+            &"x".repeat(256),
+        ] {
             assert!(FileName::new(name).is_err(), "{name:?}");
         }
         assert!(SetName::new(".crxfer").is_err());
@@ -214,7 +240,13 @@ mod tests {
 
     #[test]
     fn segments_cover_every_block_once() {
-        for (size, block_len) in [(0, 4096), (1, 4096), (1 << 20, 4096), ((1 << 20) + 1, 4096), (5 << 20, 2 << 20)] {
+        for (size, block_len) in [
+            (0, 4096),
+            (1, 4096),
+            (1 << 20, 4096),
+            ((1 << 20) + 1, 4096),
+            (5 << 20, 2 << 20),
+        ] {
             let file = file(size, block_len);
             let mut next = 0;
             for segment in 0..file.segments() {
@@ -244,7 +276,10 @@ mod tests {
         changed.image_version = 1;
         roots.push(changed.root());
         let mut changed = base.clone();
-        changed.parent = Some(ParentRef { root: Digest([7; 32]), link: "../1".into() });
+        changed.parent = Some(ParentRef {
+            root: Digest([7; 32]),
+            link: "../1".into(),
+        });
         roots.push(changed.root());
         let mut changed = base.clone();
         changed.files[0].0.mode = 0o600;

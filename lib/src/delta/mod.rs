@@ -5,5 +5,7 @@ pub mod codec;
 mod manifest;
 mod recipe;
 
-pub use manifest::{BadName, FileMeta, FileName, Manifest, OPAQUE_BLOCK, ParentRef, SEGMENT_BYTES, SetName};
+pub use manifest::{
+    BadName, FileMeta, FileName, Manifest, OPAQUE_BLOCK, ParentRef, SEGMENT_BYTES, SetName,
+};
 pub use recipe::{BlockRef, FirstSeen, Place, Recipe, RecipeError};

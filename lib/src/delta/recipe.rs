@@ -19,7 +19,8 @@ pub struct BlockRef {
 const BLOCK_BITS: u32 = 30;
 const FILE_BITS: u32 = 18;
 const STORE_BITS: u32 = 13;
-const _: () = assert!(limits::FILES == 1 << FILE_BITS && limits::BLOCKS_PER_FILE == 1 << BLOCK_BITS);
+const _: () =
+    assert!(limits::FILES == 1 << FILE_BITS && limits::BLOCKS_PER_FILE == 1 << BLOCK_BITS);
 
 impl BlockRef {
     fn pack(self) -> u64 {
@@ -28,7 +29,10 @@ impl BlockRef {
 
     fn unpack(bits: u64) -> Self {
         let file = bits >> BLOCK_BITS & ((1 << FILE_BITS) - 1);
-        Self { file: u32::try_from(file).expect("18 bits"), block: bits & ((1 << BLOCK_BITS) - 1) }
+        Self {
+            file: u32::try_from(file).expect("18 bits"),
+            block: bits & ((1 << BLOCK_BITS) - 1),
+        }
     }
 }
 
@@ -63,7 +67,9 @@ impl Place {
             Self::Zero => (2, 0),
             Self::Staged => (3, 0),
             Self::Same(at) => (4, at.pack()),
-            Self::Held { store, at } => (5, u64::from(store) << (BLOCK_BITS + FILE_BITS) | at.pack()),
+            Self::Held { store, at } => {
+                (5, u64::from(store) << (BLOCK_BITS + FILE_BITS) | at.pack())
+            }
         };
         kind << 61 | low
     }
@@ -77,7 +83,10 @@ impl Place {
             4 => Self::Same(BlockRef::unpack(bits)),
             _ => {
                 let store = bits >> (BLOCK_BITS + FILE_BITS) & ((1 << STORE_BITS) - 1);
-                Self::Held { store: u16::try_from(store).expect("13 bits"), at: BlockRef::unpack(bits) }
+                Self::Held {
+                    store: u16::try_from(store).expect("13 bits"),
+                    at: BlockRef::unpack(bits),
+                }
             }
         }
     }
@@ -94,7 +103,12 @@ pub struct FirstSeen {
 impl FirstSeen {
     /// Returns the earlier block with the id `id`, or notes `at` as the first one.
     /// `id_of` tells the id of a block that was noted before.
-    pub fn note(&mut self, id: BlockId, at: BlockRef, id_of: impl Fn(BlockRef) -> BlockId) -> Option<BlockRef> {
+    pub fn note(
+        &mut self,
+        id: BlockId,
+        at: BlockRef,
+        id_of: impl Fn(BlockRef) -> BlockId,
+    ) -> Option<BlockRef> {
         let found = self.table.entry(
             id.hash(),
             |&bits| id_of(BlockRef::unpack(bits)) == id,
@@ -174,7 +188,9 @@ pub enum RecipeError {
         segment: u64,
     },
     /// The file's digest is not the one that the source stated.
-    #[error("{name}: the file that arrived is not the one that the source read (did it change while it was sent?)")]
+    #[error(
+        "{name}: the file that arrived is not the one that the source read (did it change while it was sent?)"
+    )]
     WrongFile {
         /// Name of the file.
         name: String,
@@ -185,7 +201,10 @@ pub enum RecipeError {
 enum Segment {
     Unknown,
     Zero,
-    Blocks { digests: Box<[Digest]>, places: Box<[u64]> },
+    Blocks {
+        digests: Box<[Digest]>,
+        places: Box<[u64]>,
+    },
 }
 
 #[derive(Debug)]
@@ -205,8 +224,17 @@ pub struct Recipe {
 impl Recipe {
     /// An empty recipe for a set of these files.
     pub fn new(files: Vec<FileMeta>) -> Self {
-        let files = files.into_iter().map(|meta| FileRecipe { meta, segments: Vec::new() }).collect();
-        Self { files, first_seen: FirstSeen::default() }
+        let files = files
+            .into_iter()
+            .map(|meta| FileRecipe {
+                meta,
+                segments: Vec::new(),
+            })
+            .collect();
+        Self {
+            files,
+            first_seen: FirstSeen::default(),
+        }
     }
 
     /// The files of the set.
@@ -221,7 +249,10 @@ impl Recipe {
 
     /// The number of blocks of a segment, if the set has it.
     pub fn blocks_of(&self, file: u32, segment: u64) -> Result<u64, RecipeError> {
-        let range = self.files.get(file as usize).map(|file| file.meta.segment_range(segment));
+        let range = self
+            .files
+            .get(file as usize)
+            .map(|file| file.meta.segment_range(segment));
         match range {
             Some(range) if !range.is_empty() => Ok(range.end - range.start),
             _ => Err(RecipeError::NoSuchSegment { file, segment }),
@@ -235,15 +266,30 @@ impl Recipe {
         match file.segments.get(segment) {
             None | Some(Segment::Unknown) => (Digest([0; 32]), Place::Unknown),
             Some(Segment::Zero) => (zero_digest(file.meta.block_bytes(at.block)), Place::Zero),
-            Some(Segment::Blocks { digests, places }) => (digests[index], Place::unpack(places[index])),
+            Some(Segment::Blocks { digests, places }) => {
+                (digests[index], Place::unpack(places[index]))
+            }
         }
     }
 
     /// Takes a segment that the destination holds whole: its digests and places.
-    pub fn set_held(&mut self, file: u32, segment: u64, blocks: Vec<(Digest, Place)>) -> Result<(), RecipeError> {
+    pub fn set_held(
+        &mut self,
+        file: u32,
+        segment: u64,
+        blocks: Vec<(Digest, Place)>,
+    ) -> Result<(), RecipeError> {
         self.check_new(file, segment, blocks.len() as u64)?;
-        let (digests, places): (Vec<_>, Vec<_>) = blocks.into_iter().map(|(d, p)| (d, p.pack())).unzip();
-        self.put(file, segment, Segment::Blocks { digests: digests.into(), places: places.into() });
+        let (digests, places): (Vec<_>, Vec<_>) =
+            blocks.into_iter().map(|(d, p)| (d, p.pack())).unzip();
+        self.put(
+            file,
+            segment,
+            Segment::Blocks {
+                digests: digests.into(),
+                places: places.into(),
+            },
+        );
         Ok(())
     }
 
@@ -266,9 +312,15 @@ impl Recipe {
         let places = vec![Place::Wanted.pack(); ids.len()].into();
         self.put(file, segment, Segment::Blocks { digests, places });
         for (index, &id) in ids.iter().enumerate() {
-            let at = BlockRef { file, block: first + index as u64 };
+            let at = BlockRef {
+                file,
+                block: first + index as u64,
+            };
             let (digest, place) = if id == zero_id {
-                (zero_digest(self.file(file).block_bytes(at.block)), Place::Zero)
+                (
+                    zero_digest(self.file(file).block_bytes(at.block)),
+                    Place::Zero,
+                )
             } else if let Some(found) = find(id) {
                 found
             } else {
@@ -288,12 +340,23 @@ impl Recipe {
 
     /// Takes a frame: `ops` describe the blocks of the segment, `digests` are those of the literal
     /// bytes, computed here, which have been written to the staged file.
-    pub fn set_frame(&mut self, file: u32, segment: u64, ops: &[Op], digests: &[Digest]) -> Result<(), RecipeError> {
+    pub fn set_frame(
+        &mut self,
+        file: u32,
+        segment: u64,
+        ops: &[Op],
+        digests: &[Digest],
+    ) -> Result<(), RecipeError> {
         let expected = self.blocks_of(file, segment)?;
         let found = ops.iter().map(|op| u64::from(op.blocks())).sum();
         let name = || self.file(file).name.to_string();
         if found != expected {
-            return Err(RecipeError::WrongCount { name: name(), segment, expected, found });
+            return Err(RecipeError::WrongCount {
+                name: name(),
+                segment,
+                expected,
+                found,
+            });
         }
         let asked = self.is_known(file, segment);
         if !asked && matches!(ops, [Op::Zero(_)]) {
@@ -303,24 +366,47 @@ impl Recipe {
         if !asked {
             let count = usize::try_from(expected).expect("a segment fits into memory");
             let digests = vec![Digest([0; 32]); count].into();
-            self.put(file, segment, Segment::Blocks { digests, places: vec![0; count].into() });
-        } else if ops.iter().any(|op| matches!(op, Op::Zero(_) | Op::Same(..))) {
-            return Err(RecipeError::Repeated { name: name(), segment });
+            self.put(
+                file,
+                segment,
+                Segment::Blocks {
+                    digests,
+                    places: vec![0; count].into(),
+                },
+            );
+        } else if ops
+            .iter()
+            .any(|op| matches!(op, Op::Zero(_) | Op::Same(..)))
+        {
+            return Err(RecipeError::Repeated {
+                name: name(),
+                segment,
+            });
         }
         let mut block = self.file(file).segment_range(segment).start;
         let mut literals = digests.iter();
         for op in ops {
             for index in 0..u64::from(op.blocks()) {
-                let at = BlockRef { file, block: block + index };
+                let at = BlockRef {
+                    file,
+                    block: block + index,
+                };
                 match *op {
                     Op::Literal(_) => {
                         let digest = *literals.next().expect("the frame's literals were counted");
                         self.set_literal(at, digest, asked)?;
                     }
                     Op::Held(_) => self.check_held(at)?,
-                    Op::Zero(_) => self.set(at, zero_digest(self.file(file).block_bytes(at.block)), Place::Zero),
+                    Op::Zero(_) => self.set(
+                        at,
+                        zero_digest(self.file(file).block_bytes(at.block)),
+                        Place::Zero,
+                    ),
                     Op::Same(_, from) => {
-                        let from = BlockRef { file: from.file, block: from.block + index };
+                        let from = BlockRef {
+                            file: from.file,
+                            block: from.block + index,
+                        };
                         self.set(at, Digest([0; 32]), Place::Same(from));
                     }
                 }
@@ -336,7 +422,9 @@ impl Recipe {
         self.resolve_references()?;
         for (file, expected) in self.files.iter().zip(file_digests) {
             if file.digest()? != *expected {
-                return Err(RecipeError::WrongFile { name: file.meta.name.to_string() });
+                return Err(RecipeError::WrongFile {
+                    name: file.meta.name.to_string(),
+                });
             }
         }
         self.first_seen = FirstSeen::default();
@@ -347,12 +435,19 @@ impl Recipe {
         for file in 0..self.files.len() {
             let file_index = u32::try_from(file).expect("files are limited");
             for segment in 0..self.files[file].segments.len() {
-                let Segment::Blocks { places, .. } = &self.files[file].segments[segment] else { continue };
+                let Segment::Blocks { places, .. } = &self.files[file].segments[segment] else {
+                    continue;
+                };
                 let first = self.files[file].meta.segment_range(segment as u64).start;
-                let same: Vec<_> = (first..).zip(places.iter().map(|&bits| Place::unpack(bits))).collect();
+                let same: Vec<_> = (first..)
+                    .zip(places.iter().map(|&bits| Place::unpack(bits)))
+                    .collect();
                 for (block, place) in same {
                     if let Place::Same(from) = place {
-                        let at = BlockRef { file: file_index, block };
+                        let at = BlockRef {
+                            file: file_index,
+                            block,
+                        };
                         let digest = self.referred(at, from)?;
                         self.set(at, digest, place);
                     }
@@ -363,24 +458,43 @@ impl Recipe {
     }
 
     fn referred(&self, at: BlockRef, from: BlockRef) -> Result<Digest, RecipeError> {
-        let exists = self.files.get(from.file as usize).is_some_and(|file| from.block < file.meta.blocks());
-        if exists && self.file(from.file).block_bytes(from.block) == self.file(at.file).block_bytes(at.block) {
-            if let (digest, Place::Staged) = self.block(from) {
-                return Ok(digest);
-            }
+        let exists = self
+            .files
+            .get(from.file as usize)
+            .is_some_and(|file| from.block < file.meta.blocks());
+        if exists
+            && self.file(from.file).block_bytes(from.block)
+                == self.file(at.file).block_bytes(at.block)
+            && let (digest, Place::Staged) = self.block(from)
+        {
+            return Ok(digest);
         }
-        Err(RecipeError::BadReference { name: self.file(at.file).name.to_string(), block: at.block })
+        Err(RecipeError::BadReference {
+            name: self.file(at.file).name.to_string(),
+            block: at.block,
+        })
     }
 
-    fn set_literal(&mut self, at: BlockRef, digest: Digest, asked: bool) -> Result<(), RecipeError> {
+    fn set_literal(
+        &mut self,
+        at: BlockRef,
+        digest: Digest,
+        asked: bool,
+    ) -> Result<(), RecipeError> {
         if asked {
             let (expected, place) = self.block(at);
             let name = || self.file(at.file).name.to_string();
             if place != Place::Wanted {
-                return Err(RecipeError::NotAsAsked { name: name(), block: at.block });
+                return Err(RecipeError::NotAsAsked {
+                    name: name(),
+                    block: at.block,
+                });
             }
             if BlockId::of(&digest) != BlockId::of(&expected) {
-                return Err(RecipeError::WrongBytes { name: name(), block: at.block });
+                return Err(RecipeError::WrongBytes {
+                    name: name(),
+                    block: at.block,
+                });
             }
         }
         self.set(at, digest, Place::Staged);
@@ -389,9 +503,10 @@ impl Recipe {
 
     fn check_held(&self, at: BlockRef) -> Result<(), RecipeError> {
         match self.block(at).1 {
-            Place::Unknown | Place::Wanted | Place::Staged => {
-                Err(RecipeError::NotAsAsked { name: self.file(at.file).name.to_string(), block: at.block })
-            }
+            Place::Unknown | Place::Wanted | Place::Staged => Err(RecipeError::NotAsAsked {
+                name: self.file(at.file).name.to_string(),
+                block: at.block,
+            }),
             _ => Ok(()),
         }
     }
@@ -400,17 +515,28 @@ impl Recipe {
         let expected = self.blocks_of(file, segment)?;
         let name = || self.file(file).name.to_string();
         if self.is_known(file, segment) {
-            return Err(RecipeError::Repeated { name: name(), segment });
+            return Err(RecipeError::Repeated {
+                name: name(),
+                segment,
+            });
         }
         if found != expected {
-            return Err(RecipeError::WrongCount { name: name(), segment, expected, found });
+            return Err(RecipeError::WrongCount {
+                name: name(),
+                segment,
+                expected,
+                found,
+            });
         }
         Ok(())
     }
 
     fn is_known(&self, file: u32, segment: u64) -> bool {
         let segments = &self.files[file as usize].segments;
-        usize::try_from(segment).ok().and_then(|index| segments.get(index)).is_some_and(|s| !matches!(s, Segment::Unknown))
+        usize::try_from(segment)
+            .ok()
+            .and_then(|index| segments.get(index))
+            .is_some_and(|s| !matches!(s, Segment::Unknown))
     }
 
     fn put(&mut self, file: u32, segment: u64, value: Segment) {
@@ -440,26 +566,40 @@ impl FileRecipe {
     }
 
     fn digest(&self) -> Result<Digest, RecipeError> {
-        let missing = |segment| RecipeError::Missing { name: self.meta.name.to_string(), segment };
+        let missing = |segment| RecipeError::Missing {
+            name: self.meta.name.to_string(),
+            segment,
+        };
         let mut segments = Vec::new();
         for segment in 0..self.meta.segments() {
-            let state = usize::try_from(segment).ok().and_then(|index| self.segments.get(index));
+            let state = usize::try_from(segment)
+                .ok()
+                .and_then(|index| self.segments.get(index));
             segments.push(match state.unwrap_or(&Segment::Unknown) {
                 Segment::Unknown => return Err(missing(segment)),
                 Segment::Zero => tree::segment_digest(&self.zero_digests(segment)),
                 Segment::Blocks { places, .. }
-                    if places.iter().any(|&bits| matches!(Place::unpack(bits), Place::Unknown | Place::Wanted)) =>
+                    if places.iter().any(|&bits| {
+                        matches!(Place::unpack(bits), Place::Unknown | Place::Wanted)
+                    }) =>
                 {
                     return Err(missing(segment));
                 }
                 Segment::Blocks { digests, .. } => tree::segment_digest(digests),
             });
         }
-        Ok(tree::file_digest(self.meta.size, u64::from(self.meta.block_len), &segments))
+        Ok(tree::file_digest(
+            self.meta.size,
+            u64::from(self.meta.block_len),
+            &segments,
+        ))
     }
 
     fn zero_digests(&self, segment: u64) -> Vec<Digest> {
-        self.meta.segment_range(segment).map(|block| zero_digest(self.meta.block_bytes(block))).collect()
+        self.meta
+            .segment_range(segment)
+            .map(|block| zero_digest(self.meta.block_bytes(block)))
+            .collect()
     }
 }
 

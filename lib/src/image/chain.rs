@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::complete::{self, Completeness, LevelFacts, Problem, SetFacts};
-use super::dir::{DirId, ImageDir, Listing, ParentLinks};
+use super::dir::{DirId, FileStat, ImageDir, Listing, ParentLinks};
 use super::error::ImageError;
 use super::inventory::Inventory;
 use super::name::{FileKind, PagemapName, pages_file_name};
@@ -197,7 +197,8 @@ impl Chain {
         Ok(directory)
     }
 
-    /// The open pages file of a level's pagemap `name`, and its path for messages.
+    /// The open pages file of a level's pagemap `name`, and its path for messages. Fails if the file
+    /// is not the one that was there when the chain was opened.
     pub fn open_pages(
         &self,
         level: usize,
@@ -206,11 +207,14 @@ impl Chain {
         let place = &self.levels[level];
         let missing = || ImageError::NoFile(place.path.join(name.to_string()));
         let pagemap = place.pagemaps.get(&name).ok_or_else(missing)?;
-        let file = pages_file_name(pagemap.pages_id());
-        Ok((
-            self.open_dir(level)?.open_file(&file)?,
-            place.path.join(file),
-        ))
+        let file_name = pages_file_name(pagemap.pages_id());
+        let file = self.open_dir(level)?.open_file(&file_name)?;
+        let path = place.path.join(&file_name);
+        let stat = FileStat::of(&file).map_err(ImageError::io(&path, "read the status"))?;
+        match place.listing.file(&file_name) {
+            Some(info) if info.stat == stat => Ok((file, path)),
+            _ => Err(ImageError::Changed(path)),
+        }
     }
 
     /// The process tree of the newest directory; `None` without `pstree.img`.
@@ -386,3 +390,6 @@ fn exact_page_size(pagemap: &Pagemap, size: u64) -> Option<PageSize> {
 fn shown(directory: &Path, name: &str) -> String {
     directory.join(name).display().to_string()
 }
+
+#[cfg(test)]
+mod tests;

@@ -194,8 +194,7 @@ fn check_dump(
 fn missing_task_files(newest: &LevelFacts<'_>, tree: &ProcessTree) -> Vec<Problem> {
     let mut problems = Vec::new();
     for task in &tree.tasks {
-        let leader = (!task.threads.contains(&task.pid)).then_some(task.pid);
-        for thread in task.threads.iter().copied().chain(leader) {
+        for thread in task.core_ids() {
             let name = format!("core-{thread}.img");
             if !newest.sizes.contains_key(&name) {
                 let what = format!("is missing, but process {} has that thread", task.pid);
@@ -355,3 +354,6 @@ fn parent_and_lazy(name: PagemapName, depth: usize, pagemap: &Pagemap) -> Option
     );
     Some(Problem::new(name, depth, what))
 }
+
+#[cfg(test)]
+mod tests;

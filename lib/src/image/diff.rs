@@ -118,7 +118,7 @@ impl Pair<'_> {
             diff.same += old.pages;
             return Ok(());
         }
-        let page_len = self.before.page_size().len();
+        let page_len = self.before.page_size().byte_len();
         let page_bytes = self.before.page_size().bytes();
         let (old_reader, new_reader) = (&mut self.readers.0, &mut self.readers.1);
         let buffer = &mut self.buffer;

@@ -130,9 +130,14 @@ fn flatten_memory(
     let pages_name = pages_file_name(id);
     let path = target.path.join(&pages_name);
     let file = target.create_file(&pages_name, mode(&pages_file_name(old.pages_id())))?;
-    let page_len = pagemap.page_size().len();
+    let page_len = pagemap.page_size().byte_len();
     let (mut offset, mut zero_pages) = (0, 0);
     for run in &runs {
+        if run.source == Source::Zero {
+            offset += run.pages * pagemap.page_size().bytes();
+            zero_pages += run.pages;
+            continue;
+        }
         reader.for_each_piece(name, run, |_, bytes| {
             zero_pages += write_pages(&file, offset, bytes, page_len)
                 .map_err(ImageError::io(&path, "write"))?;
@@ -364,3 +369,6 @@ fn is_durable(directory: impl AsFd) -> bool {
     let in_memory = |kind: u64| kind == TMPFS_MAGIC || kind == RAMFS_MAGIC;
     !rustix::fs::fstatfs(directory).is_ok_and(|status| in_memory(status.f_type.cast_unsigned()))
 }
+
+#[cfg(test)]
+mod tests;

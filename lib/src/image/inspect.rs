@@ -177,7 +177,7 @@ impl Counter<'_> {
             Source::Lazy => summary.left_at_source += run.pages,
             Source::Zero => summary.zero += run.pages,
             Source::At { .. } => self.reader.for_each_piece(summary.name, run, |_, bytes| {
-                for page in bytes.chunks(page_size.len()) {
+                for page in bytes.chunks(page_size.byte_len()) {
                     if page.iter().all(|&byte| byte == 0) {
                         summary.zero += 1;
                     } else if !self.seen.insert(half_digest(page)) {

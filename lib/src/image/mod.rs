@@ -1,7 +1,21 @@
 //! CRIU image directories as files.
 //!
-//! Reads and writes what a transfer must understand, the memory, and treats the rest as opaque
-//! bytes. Nothing here speaks to a socket or decides what to send.
+//! ```text
+//!  3/  inventory.img  pstree.img  core-*.img  …      opaque bytes, but for completeness
+//!      pagemap-171.img ── entries ──┐
+//!      pages-1.img  ◄── PRESENT ────┤
+//!      parent ─► ../2               │
+//!  2/  pagemap-171.img  ◄── PARENT ─┘
+//!      pages-1.img, parent ─► ../1, …
+//! ```
+//!
+//! - [`ImageDir`] is one directory, [`Chain`] a directory with its ancestors.
+//! - [`Pagemap`] is one parsed pagemap; [`resolve()`] says where the bytes of each page are.
+//! - [`complete::check`] judges whether CRIU could restore a set; both are pure functions.
+//! - [`flatten()`], [`inspect()`] and [`diff()`] work on open chains.
+//!
+//! What a transfer must understand, the memory, is parsed strictly; everything else is carried as
+//! opaque bytes. Nothing here speaks to a socket or decides what to send.
 
 pub mod chain;
 pub mod complete;

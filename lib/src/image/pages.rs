@@ -66,7 +66,7 @@ impl<'a> PagesReader<'a> {
         pages: u64,
     ) -> Result<(), ImageError> {
         let page_size = self.chain.page_size();
-        let length = usize::try_from(pages).expect("a piece is small") * page_size.len();
+        let length = usize::try_from(pages).expect("a piece is small") * page_size.byte_len();
         self.buffer.clear();
         self.buffer.resize(length, 0);
         match run.source {

@@ -3,14 +3,14 @@
 use prost::Message;
 
 use super::error::ImageError;
-use super::framing::Records;
+use super::framing::{Record, Records};
 
-/// All records of an image, decoded.
-pub(crate) fn decode_all<M: Message + Default>(
-    bytes: &[u8],
-    file: &str,
+/// The records of an image that must be of type `magic`, with the file named in errors.
+pub(crate) fn records_of<'a>(
+    bytes: &'a [u8],
+    file: &'a str,
     magic: u32,
-) -> Result<Vec<M>, ImageError> {
+) -> Result<impl Iterator<Item = Result<Record<'a>, ImageError>>, ImageError> {
     let framing = |error| ImageError::Framing {
         file: file.to_owned(),
         error,
@@ -23,9 +23,18 @@ pub(crate) fn decode_all<M: Message + Default>(
             found: records.magic(),
         });
     }
-    records
+    Ok(records.map(move |record| record.map_err(framing)))
+}
+
+/// All records of an image, decoded.
+pub(crate) fn decode_all<M: Message + Default>(
+    bytes: &[u8],
+    file: &str,
+    magic: u32,
+) -> Result<Vec<M>, ImageError> {
+    records_of(bytes, file, magic)?
         .map(|record| {
-            let record = record.map_err(framing)?;
+            let record = record?;
             M::decode(record.message).map_err(|error| ImageError::BadRecord {
                 file: file.to_owned(),
                 offset: record.offset,

@@ -8,7 +8,8 @@ use super::{Liveness, SessionError};
 use crate::delta::{FileMeta, Manifest, ParentRef, Place, Recipe};
 use crate::digest::Digest;
 use crate::wire::{
-    BeginSet, BlockId, FrameHeader, Hello, Layout, Message, Op, Published, SegmentAt, VERSIONS, Welcome, limits,
+    BeginSet, BlockId, FrameHeader, Hello, Layout, Message, Op, Published, SegmentAt, VERSIONS,
+    Welcome, limits,
 };
 
 /// What the destination says of itself and asks of the source.
@@ -78,7 +79,13 @@ pub struct Destination {
 impl Destination {
     /// Waits for a source.
     pub fn new(config: DestinationConfig, now: Instant) -> Self {
-        Self { config, state: State::AwaitHello, last_set: 0, commands: VecDeque::new(), liveness: Liveness::new(now) }
+        Self {
+            config,
+            state: State::AwaitHello,
+            last_set: 0,
+            commands: VecDeque::new(),
+            liveness: Liveness::new(now),
+        }
     }
 
     /// What the driver has to do next.
@@ -112,14 +119,20 @@ impl Destination {
             Message::Working => return Ok(()),
             _ => {}
         }
-        self.state = match (std::mem::replace(&mut self.state, State::AwaitHello), message) {
+        self.state = match (
+            std::mem::replace(&mut self.state, State::AwaitHello),
+            message,
+        ) {
             (State::AwaitHello, Message::Hello(hello)) => self.greeted(&hello)?,
             (State::AwaitQuery, Message::QueryHeld(roots)) => {
-                self.commands.push_back(DestinationCommand::FindRoots(roots));
+                self.commands
+                    .push_back(DestinationCommand::FindRoots(roots));
                 State::AwaitSet
             }
             (State::AwaitSet, Message::BeginSet(begin)) => self.begun(begin)?,
-            (State::AwaitFiles(begin, files), Message::Files { set, files: more }) if set == begin.set => {
+            (State::AwaitFiles(begin, files), Message::Files { set, files: more })
+                if set == begin.set =>
+            {
                 self.told_files(begin, files, more)?
             }
             (State::Receiving(mut receiving), message) => {
@@ -138,8 +151,13 @@ impl Destination {
 
     /// Room is made for the set. `lacks_everything`: nothing of this peer is held.
     pub fn handle_prepared(&mut self, lacks_everything: bool) {
-        if let State::Preparing(begin, files) = std::mem::replace(&mut self.state, State::AwaitHello) {
-            self.send(Message::SetReady { set: begin.set, lacks_everything });
+        if let State::Preparing(begin, files) =
+            std::mem::replace(&mut self.state, State::AwaitHello)
+        {
+            self.send(Message::SetReady {
+                set: begin.set,
+                lacks_everything,
+            });
             self.state = State::Receiving(Box::new(Receiving::new(begin, files)));
         }
     }
@@ -168,14 +186,20 @@ impl Destination {
     ) -> Result<(), SessionError> {
         let receiving = self.receiving(at.set)?;
         let mut found = found.into_iter();
-        let lacking = receiving.recipe.set_ids(at.file, at.segment, ids, |_| found.next().flatten())?;
+        let lacking = receiving
+            .recipe
+            .set_ids(at.file, at.segment, ids, |_| found.next().flatten())?;
         self.send(Message::Lacking(at, lacking));
         Ok(())
     }
 
     /// Checks a frame's description before its bytes are looked at. Returns where in the file its
     /// literal blocks belong, as ranges of bytes in the order of the payload.
-    pub fn admit_frame(&mut self, header: &FrameHeader, ops: &[Op]) -> Result<Vec<Range<u64>>, SessionError> {
+    pub fn admit_frame(
+        &mut self,
+        header: &FrameHeader,
+        ops: &[Op],
+    ) -> Result<Vec<Range<u64>>, SessionError> {
         let receiving = self.receiving(header.set)?;
         let count = receiving.recipe.blocks_of(header.file, header.segment)?;
         if ops.iter().map(|op| u64::from(op.blocks())).sum::<u64>() != count {
@@ -195,7 +219,12 @@ impl Destination {
             }
             block = end;
         }
-        if ranges.iter().map(|range| range.end - range.start).sum::<u64>() != u64::from(header.raw_len) {
+        if ranges
+            .iter()
+            .map(|range| range.end - range.start)
+            .sum::<u64>()
+            != u64::from(header.raw_len)
+        {
             return Err(SessionError::Protocol("a frame of the wrong length"));
         }
         Ok(ranges)
@@ -211,9 +240,12 @@ impl Destination {
     ) -> Result<(), SessionError> {
         self.liveness.heard = now;
         let receiving = self.receiving(header.set)?;
-        receiving.recipe.set_frame(header.file, header.segment, ops, digests)?;
+        receiving
+            .recipe
+            .set_frame(header.file, header.segment, ops, digests)?;
         receiving.frames += 1;
-        let State::Receiving(receiving) = std::mem::replace(&mut self.state, State::AwaitHello) else {
+        let State::Receiving(receiving) = std::mem::replace(&mut self.state, State::AwaitHello)
+        else {
             unreachable!("checked above");
         };
         self.state = self.receive_or_store(receiving, None)?;
@@ -233,12 +265,17 @@ impl Destination {
         let version = high.min(*VERSIONS.end());
         if version < low || !VERSIONS.contains(&version) {
             let ours = format!("{} to {}", VERSIONS.start(), VERSIONS.end());
-            return Err(SessionError::Version { ours, theirs: format!("{low} to {high}") });
+            return Err(SessionError::Version {
+                ours,
+                theirs: format!("{low} to {high}"),
+            });
         }
-        if let Some(expected) = &self.config.expected_proof {
-            if !hello.ticket_proof.is_some_and(|given| equal_in_constant_time(&given, expected)) {
-                return Err(SessionError::Ticket);
-            }
+        if let Some(expected) = &self.config.expected_proof
+            && !hello
+                .ticket_proof
+                .is_some_and(|given| equal_in_constant_time(&given, expected))
+        {
+            return Err(SessionError::Ticket);
         }
         self.send(Message::Welcome(Welcome {
             version,
@@ -254,8 +291,15 @@ impl Destination {
         if begin.set != self.last_set + 1 || begin.set > limits::SETS {
             return Err(SessionError::Protocol("a set out of order"));
         }
-        if let Some(limit) = self.config.max_set_bytes.filter(|&limit| begin.total_bytes > limit) {
-            return Err(SessionError::TooLarge { size: begin.total_bytes, limit });
+        if let Some(limit) = self
+            .config
+            .max_set_bytes
+            .filter(|&limit| begin.total_bytes > limit)
+        {
+            return Err(SessionError::TooLarge {
+                size: begin.total_bytes,
+                limit,
+            });
         }
         self.last_set = begin.set;
         Ok(State::AwaitFiles(begin, Vec::new()))
@@ -272,7 +316,9 @@ impl Destination {
                 return Err(SessionError::Protocol("files out of order"));
             }
             if file.is_pages() && u64::from(file.block_len) != begin.page_size.bytes() {
-                return Err(SessionError::Protocol("a file of pages that is not in pages"));
+                return Err(SessionError::Protocol(
+                    "a file of pages that is not in pages",
+                ));
             }
             files.push(file);
         }
@@ -283,23 +329,33 @@ impl Destination {
         if files.len() < expected {
             return Ok(State::AwaitFiles(begin, files));
         }
-        let sizes = files.iter().try_fold(0u64, |sum, file| sum.checked_add(file.size));
+        let sizes = files
+            .iter()
+            .try_fold(0u64, |sum, file| sum.checked_add(file.size));
         if sizes != Some(begin.total_bytes) {
             return Err(SessionError::Protocol("another size than announced"));
         }
-        self.commands.push_back(DestinationCommand::Prepare(begin.clone(), files.clone()));
+        self.commands
+            .push_back(DestinationCommand::Prepare(begin.clone(), files.clone()));
         Ok(State::Preparing(begin, files))
     }
 
-    fn receive_or_store(&mut self, receiving: Box<Receiving>, ended: Option<End>) -> Result<State, SessionError> {
+    fn receive_or_store(
+        &mut self,
+        receiving: Box<Receiving>,
+        ended: Option<End>,
+    ) -> Result<State, SessionError> {
         let mut receiving = receiving;
         receiving.end = receiving.end.take().or(ended);
         match &receiving.end {
-            Some(end) if receiving.frames > end.frames => Err(SessionError::Protocol("more frames than announced")),
+            Some(end) if receiving.frames > end.frames => {
+                Err(SessionError::Protocol("more frames than announced"))
+            }
             Some(end) if receiving.frames == end.frames => {
                 let set = receiving.begin.set;
                 let job = receiving.finish()?;
-                self.commands.push_back(DestinationCommand::Store(Box::new(job)));
+                self.commands
+                    .push_back(DestinationCommand::Store(Box::new(job)));
                 Ok(State::Storing(set))
             }
             _ => Ok(State::Receiving(receiving)),
@@ -309,7 +365,9 @@ impl Destination {
     fn receiving(&mut self, set: u32) -> Result<&mut Receiving, SessionError> {
         match &mut self.state {
             State::Receiving(receiving) if receiving.begin.set == set => Ok(receiving),
-            _ => Err(SessionError::Protocol("blocks of a set that is not being received")),
+            _ => Err(SessionError::Protocol(
+                "blocks of a set that is not being received",
+            )),
         }
     }
 
@@ -354,7 +412,9 @@ impl Receiving {
         commands: &mut VecDeque<DestinationCommand>,
     ) -> Result<Option<End>, SessionError> {
         match message {
-            _ if self.end.is_some() => return Err(SessionError::Protocol("a message after the end of its set")),
+            _ if self.end.is_some() => {
+                return Err(SessionError::Protocol("a message after the end of its set"));
+            }
             Message::SegmentDigest(at, digest) if at.set == self.begin.set => {
                 self.recipe.blocks_of(at.file, at.segment)?;
                 commands.push_back(DestinationCommand::FindSegment(at, digest));
@@ -378,7 +438,10 @@ impl Receiving {
     }
 
     fn finish(mut self: Box<Self>) -> Result<StoreJob, SessionError> {
-        let end = self.end.take().ok_or(SessionError::Protocol("a set without its end"))?;
+        let end = self
+            .end
+            .take()
+            .ok_or(SessionError::Protocol("a set without its end"))?;
         if self.file_digests.len() != self.recipe.files().len() {
             return Err(SessionError::Protocol("fewer digests than files"));
         }
@@ -386,13 +449,26 @@ impl Receiving {
         let manifest = Manifest {
             page_size: self.begin.page_size,
             image_version: self.begin.image_version,
-            parent: self.begin.parent.clone().map(|(root, link)| ParentRef { root, link }),
-            files: self.recipe.files().cloned().zip(self.file_digests).collect(),
+            parent: self
+                .begin
+                .parent
+                .clone()
+                .map(|(root, link)| ParentRef { root, link }),
+            files: self
+                .recipe
+                .files()
+                .cloned()
+                .zip(self.file_digests)
+                .collect(),
         };
         if manifest.root() != end.root {
             return Err(SessionError::Root);
         }
-        Ok(StoreJob { begin: self.begin, manifest, recipe: self.recipe })
+        Ok(StoreJob {
+            begin: self.begin,
+            manifest,
+            recipe: self.recipe,
+        })
     }
 }
 

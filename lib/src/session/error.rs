@@ -17,7 +17,9 @@ pub enum SessionError {
     #[error("the other side broke the protocol: {0}")]
     Frame(#[from] FrameError),
     /// There is no common version.
-    #[error("no common protocol version: this side speaks {ours}, the other {theirs}; update the older one")]
+    #[error(
+        "no common protocol version: this side speaks {ours}, the other {theirs}; update the older one"
+    )]
     Version {
         /// What this side speaks.
         ours: String,
@@ -25,7 +27,9 @@ pub enum SessionError {
         theirs: String,
     },
     /// The ticket's secret was not proven.
-    #[error("the ticket is not one of this `crxfer recv` (it may be of an earlier one: use the ticket that runs now)")]
+    #[error(
+        "the ticket is not one of this `crxfer recv` (it may be of an earlier one: use the ticket that runs now)"
+    )]
     Ticket,
     /// The set is larger than the operator allows.
     #[error("the set has {size} bytes, more than --max-bytes {limit} allows")]

@@ -49,7 +49,10 @@ struct Liveness {
 
 impl Liveness {
     fn new(now: Instant) -> Self {
-        Self { heard: now, said: now }
+        Self {
+            heard: now,
+            said: now,
+        }
     }
 
     fn next(&self) -> Instant {

@@ -72,7 +72,11 @@ impl SetPlan {
 
     fn root(&self, parent: Option<Digest>) -> Option<Digest> {
         let leaves = self.leaves.as_ref()?;
-        let digests = self.files.iter().zip(leaves).map(|(file, leaves)| file_digest(file, leaves));
+        let digests = self
+            .files
+            .iter()
+            .zip(leaves)
+            .map(|(file, leaves)| file_digest(file, leaves));
         Some(self.manifest(parent, digests.collect()).root())
     }
 }
@@ -80,7 +84,10 @@ impl SetPlan {
 /// The digest of a file with the digests `leaves` of its blocks.
 pub(crate) fn file_digest(file: &FileMeta, leaves: &[Digest]) -> Digest {
     let per_segment = usize::try_from(file.segment_blocks()).expect("a segment fits into memory");
-    let segments: Vec<_> = leaves.chunks(per_segment).map(tree::segment_digest).collect();
+    let segments: Vec<_> = leaves
+        .chunks(per_segment)
+        .map(tree::segment_digest)
+        .collect();
     tree::file_digest(file.size, u64::from(file.block_len), &segments)
 }
 
@@ -147,7 +154,12 @@ impl Source {
     /// If `plan` is empty, or a set other than the last has no digests.
     pub fn new(config: SourceConfig, plan: Vec<SetPlan>, now: Instant) -> Self {
         assert!(!plan.is_empty(), "a session sends at least one set");
-        assert!(plan[..plan.len() - 1].iter().all(|set| set.leaves.is_some()), "ancestors are digested first");
+        assert!(
+            plan[..plan.len() - 1]
+                .iter()
+                .all(|set| set.leaves.is_some()),
+            "ancestors are digested first"
+        );
         let hello = Hello {
             versions: (*VERSIONS.start(), *VERSIONS.end()),
             software: config.software.clone(),
@@ -197,7 +209,8 @@ impl Source {
     /// The time that `poll_timeout` named has come.
     pub fn handle_timeout(&mut self, now: Instant) -> Result<(), SessionError> {
         if self.liveness.check(now)? {
-            self.commands.push_back(SourceCommand::Send(Message::Working));
+            self.commands
+                .push_back(SourceCommand::Send(Message::Working));
         }
         Ok(())
     }
@@ -210,14 +223,22 @@ impl Source {
             (_, Message::Working) => Ok(()),
             (State::AwaitWelcome, Message::Welcome(welcome)) => self.welcomed(&welcome),
             (State::AwaitHeld, Message::Held(held)) => self.told_held(now, &held),
-            (State::AwaitReady, Message::SetReady { set, lacks_everything }) if set == self.number => {
+            (
+                State::AwaitReady,
+                Message::SetReady {
+                    set,
+                    lacks_everything,
+                },
+            ) if set == self.number => {
                 self.state = State::Sending;
                 self.sending.eager = lacks_everything;
                 self.advance(now)
             }
             (State::Sending, Message::SegmentState(at, held)) => self.told_segment(now, at, held),
             (State::Sending, Message::Lacking(at, lacking)) => self.told_lacking(now, at, &lacking),
-            (State::AwaitPublished, Message::Published(published)) if published.set == self.number => {
+            (State::AwaitPublished, Message::Published(published))
+                if published.set == self.number =>
+            {
                 self.published.push(published);
                 self.next_set(now)
             }
@@ -226,7 +247,12 @@ impl Source {
     }
 
     /// A segment was read: the digests of its blocks.
-    pub fn handle_scanned(&mut self, now: Instant, at: SegmentAt, digests: Vec<Digest>) -> Result<(), SessionError> {
+    pub fn handle_scanned(
+        &mut self,
+        now: Instant,
+        at: SegmentAt,
+        digests: Vec<Digest>,
+    ) -> Result<(), SessionError> {
         self.sending.scanning -= 1;
         self.describe(at, digests);
         self.advance(now)
@@ -242,9 +268,14 @@ impl Source {
     fn welcomed(&mut self, welcome: &Welcome) -> Result<(), SessionError> {
         if !VERSIONS.contains(&welcome.version) {
             let ours = format!("{} to {}", VERSIONS.start(), VERSIONS.end());
-            return Err(SessionError::Version { ours, theirs: welcome.version.to_string() });
+            return Err(SessionError::Version {
+                ours,
+                theirs: welcome.version.to_string(),
+            });
         }
-        if self.config.expected_proof.is_some() && welcome.ticket_proof != self.config.expected_proof {
+        if self.config.expected_proof.is_some()
+            && welcome.ticket_proof != self.config.expected_proof
+        {
             return Err(SessionError::Ticket);
         }
         self.layout = welcome.layout;
@@ -282,14 +313,20 @@ impl Source {
             ancestor: self.index + 1 < self.plan.len(),
             page_size: set.page_size,
             image_version: set.image_version,
-            file_count: u32::try_from(set.files.len()).expect("files are limited where they are listed"),
+            file_count: u32::try_from(set.files.len())
+                .expect("files are limited where they are listed"),
             total_bytes: set.files.iter().map(|file| file.size).sum(),
-            parent: self.parent.map(|root| (root, set.parent_link.clone().unwrap_or_default())),
+            parent: self
+                .parent
+                .map(|root| (root, set.parent_link.clone().unwrap_or_default())),
             base_name: set.base_name.clone(),
         };
         let mut messages = vec![Message::BeginSet(begin)];
         for files in set.files.chunks(limits::FILES_PER_MESSAGE) {
-            messages.push(Message::Files { set: self.number, files: files.to_vec() });
+            messages.push(Message::Files {
+                set: self.number,
+                files: files.to_vec(),
+            });
         }
         self.sending = Sending::new(set);
         self.state = State::AwaitReady;
@@ -301,7 +338,8 @@ impl Source {
         self.index += 1;
         if self.index == self.plan.len() {
             self.state = State::Done;
-            self.commands.push_back(SourceCommand::Finish(std::mem::take(&mut self.published)));
+            self.commands
+                .push_back(SourceCommand::Finish(std::mem::take(&mut self.published)));
         } else {
             self.begin_set(now);
         }
@@ -313,7 +351,10 @@ impl Source {
         if !matches!(self.state, State::Sending) {
             return Ok(());
         }
-        while let Some(at) = self.sending.next_segment(&self.plan[self.index].files, self.number) {
+        while let Some(at) = self
+            .sending
+            .next_segment(&self.plan[self.index].files, self.number)
+        {
             let known = self.plan[self.index].leaves.as_ref().map(|leaves| {
                 let range = self.plan[self.index].files[at.file as usize].segment_range(at.segment);
                 let fits = |block: u64| usize::try_from(block).expect("blocks are limited");
@@ -360,7 +401,12 @@ impl Source {
         self.send(Message::BlockIds(at, ids));
     }
 
-    fn told_segment(&mut self, now: Instant, at: SegmentAt, held: bool) -> Result<(), SessionError> {
+    fn told_segment(
+        &mut self,
+        now: Instant,
+        at: SegmentAt,
+        held: bool,
+    ) -> Result<(), SessionError> {
         self.answered(at)?;
         if held {
             let count = self.sending.digests(at).len();
@@ -371,7 +417,12 @@ impl Source {
         self.advance(now)
     }
 
-    fn told_lacking(&mut self, now: Instant, at: SegmentAt, lacking: &[bool]) -> Result<(), SessionError> {
+    fn told_lacking(
+        &mut self,
+        now: Instant,
+        at: SegmentAt,
+        lacking: &[bool],
+    ) -> Result<(), SessionError> {
         self.answered(at)?;
         let count = self.sending.digests(at).len();
         if lacking.len() < count || lacking[count..].iter().any(|&lacking| lacking) {
@@ -408,14 +459,25 @@ impl Source {
 
     fn end_set(&mut self, now: Instant) {
         let set = &self.plan[self.index];
-        let digests: Vec<_> =
-            set.files.iter().zip(&self.sending.segments).map(|(file, segments)| segments_digest(file, segments)).collect();
+        let digests: Vec<_> = set
+            .files
+            .iter()
+            .zip(&self.sending.segments)
+            .map(|(file, segments)| segments_digest(file, segments))
+            .collect();
         let root = set.manifest(self.parent, digests.clone()).root();
         self.parent = Some(root);
         for digests in digests.chunks(limits::DIGESTS_PER_MESSAGE) {
-            self.send(Message::FileDigests { set: self.number, digests: digests.to_vec() });
+            self.send(Message::FileDigests {
+                set: self.number,
+                digests: digests.to_vec(),
+            });
         }
-        self.send(Message::EndSet { set: self.number, root, frames: self.sending.frames });
+        self.send(Message::EndSet {
+            set: self.number,
+            root,
+            frames: self.sending.frames,
+        });
         self.state = State::AwaitPublished;
         self.sending = Sending::default();
         self.liveness.said = now;
@@ -457,7 +519,10 @@ impl Source {
 }
 
 fn segments_digest(file: &FileMeta, segments: &[Vec<Digest>]) -> Digest {
-    let digests: Vec<_> = segments.iter().map(|leaves| tree::segment_digest(leaves)).collect();
+    let digests: Vec<_> = segments
+        .iter()
+        .map(|leaves| tree::segment_digest(leaves))
+        .collect();
     tree::file_digest(file.size, u64::from(file.block_len), &digests)
 }
 
@@ -483,10 +548,16 @@ impl Sending {
         let segments = set
             .files
             .iter()
-            .map(|file| vec![Vec::new(); usize::try_from(file.segments()).expect("segments are limited")])
+            .map(|file| {
+                vec![Vec::new(); usize::try_from(file.segments()).expect("segments are limited")]
+            })
             .collect();
         let segment_blocks = set.files.iter().map(FileMeta::segment_blocks).collect();
-        Self { segments, segment_blocks, ..Self::default() }
+        Self {
+            segments,
+            segment_blocks,
+            ..Self::default()
+        }
     }
 
     fn next_segment(&mut self, files: &[FileMeta], set: u32) -> Option<SegmentAt> {
@@ -501,7 +572,11 @@ impl Sending {
         while let Some(file) = files.get(self.file as usize) {
             if self.segment < file.segments() {
                 self.segment += 1;
-                return Some(SegmentAt { set, file: self.file, segment: self.segment - 1 });
+                return Some(SegmentAt {
+                    set,
+                    file: self.file,
+                    segment: self.segment - 1,
+                });
             }
             self.file += 1;
             self.segment = 0;
@@ -515,13 +590,17 @@ impl Sending {
     }
 
     fn put(&mut self, at: SegmentAt, digests: Vec<Digest>) {
-        self.segments[at.file as usize][usize::try_from(at.segment).expect("segments are limited")] = digests;
+        self.segments[at.file as usize]
+            [usize::try_from(at.segment).expect("segments are limited")] = digests;
     }
 
     fn has(&self, at: SegmentAt) -> bool {
         let segment = usize::try_from(at.segment).ok();
         let segments = self.segments.get(at.file as usize);
-        segments.zip(segment).and_then(|(segments, at)| segments.get(at)).is_some_and(|digests| !digests.is_empty())
+        segments
+            .zip(segment)
+            .and_then(|(segments, at)| segments.get(at))
+            .is_some_and(|digests| !digests.is_empty())
     }
 
     fn digests(&self, at: SegmentAt) -> &[Digest] {
@@ -530,20 +609,33 @@ impl Sending {
 
     // Nothing is held over there: zero blocks and repetitions are named, all else is sent.
     fn eager_ops(&mut self, file: &FileMeta, at: SegmentAt) -> Vec<Op> {
-        let Self { segments, segment_blocks, first_seen, .. } = self;
+        let Self {
+            segments,
+            segment_blocks,
+            first_seen,
+            ..
+        } = self;
         let id_of = |at: BlockRef| {
             let per_segment = segment_blocks[at.file as usize];
             let fits = |value: u64| usize::try_from(value).expect("blocks are limited");
-            BlockId::of(&segments[at.file as usize][fits(at.block / per_segment)][fits(at.block % per_segment)])
+            BlockId::of(
+                &segments[at.file as usize][fits(at.block / per_segment)]
+                    [fits(at.block % per_segment)],
+            )
         };
         let mut ops = Vec::new();
         for block in file.segment_range(at.segment) {
-            let here = BlockRef { file: at.file, block };
+            let here = BlockRef {
+                file: at.file,
+                block,
+            };
             let id = id_of(here);
             let op = if id == BlockId::of(&zero_digest(file.block_bytes(block))) {
                 Op::Zero(1)
             } else {
-                first_seen.note(id, here, id_of).map_or(Op::Literal(1), |earlier| Op::Same(1, earlier))
+                first_seen
+                    .note(id, here, id_of)
+                    .map_or(Op::Literal(1), |earlier| Op::Same(1, earlier))
             };
             Op::push(&mut ops, op);
         }

@@ -43,9 +43,13 @@ pub enum StoreError {
 
 fn explain(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::StorageFull => "no space left on the device; free some and send again".to_owned(),
+        io::ErrorKind::StorageFull => {
+            "no space left on the device; free some and send again".to_owned()
+        }
         io::ErrorKind::QuotaExceeded => "the disk quota is used up".to_owned(),
-        io::ErrorKind::PermissionDenied => "permission denied; run as a user who may write there".to_owned(),
+        io::ErrorKind::PermissionDenied => {
+            "permission denied; run as a user who may write there".to_owned()
+        }
         _ => error.to_string(),
     }
 }
@@ -57,6 +61,10 @@ pub(crate) trait Tried<T> {
 
 impl<T, E: Into<io::Error>> Tried<T> for Result<T, E> {
     fn tried(self, what: &'static str, path: &Path) -> Result<T, StoreError> {
-        self.map_err(|source| StoreError::Io { what, path: path.to_owned(), source: source.into() })
+        self.map_err(|source| StoreError::Io {
+            what,
+            path: path.to_owned(),
+            source: source.into(),
+        })
     }
 }

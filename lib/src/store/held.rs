@@ -40,19 +40,31 @@ impl Store {
     /// Opens what is held of `peer`: the newest sets, and unfinished transfers.
     pub fn held_of(&self, peer: &[u8; 32]) -> Result<Held, StoreError> {
         let _lock = self.lock()?;
-        let mut held = Held { store: self.clone(), sets: Vec::new() };
+        let mut held = Held {
+            store: self.clone(),
+            sets: Vec::new(),
+        };
         for (place, about) in self.partials(peer)? {
-            let Ok(page_size) = PageSize::new(about.page_size) else { continue };
+            let Ok(page_size) = PageSize::new(about.page_size) else {
+                continue;
+            };
             match open_partial(&place, page_size) {
                 Ok(index) => held.push(0, place.join("files"), index),
                 Err(error) => tracing::warn!("{error}; what is in it will be sent again"),
             }
         }
-        for record in self.records()?.into_iter().rev().filter(|record| record.peer == *peer) {
+        for record in self
+            .records()?
+            .into_iter()
+            .rev()
+            .filter(|record| record.peer == *peer)
+        {
             if held.sets.len() >= SEARCHED {
                 break;
             }
-            let Some(directory) = self.directory_of(&record) else { continue };
+            let Some(directory) = self.directory_of(&record) else {
+                continue;
+            };
             match self.index(record.id) {
                 Ok(index) => held.push(record.id, directory, index),
                 Err(error) => tracing::warn!("{error}; its set saves nothing"),
@@ -87,7 +99,9 @@ impl Held {
     /// The block with the id `id`, wherever it is.
     pub fn find(&self, id: BlockId) -> Option<(Digest, Place)> {
         (0u16..).zip(&self.sets).find_map(|(store, set)| {
-            set.index.find(id).map(|(digest, at)| (digest, Place::Held { store, at }))
+            set.index
+                .find(id)
+                .map(|(digest, at)| (digest, Place::Held { store, at }))
         })
     }
 
@@ -106,16 +120,29 @@ impl Held {
 
     fn push(&mut self, id: u64, directory: PathBuf, index: Index) {
         let segments = segments_of(&index);
-        let mut in_use = self.store.in_use.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut in_use = self
+            .store
+            .in_use
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         *in_use.entry(id).or_default() += 1;
         drop(in_use);
-        self.sets.push(HeldSet { id, directory, index, segments });
+        self.sets.push(HeldSet {
+            id,
+            directory,
+            index,
+            segments,
+        });
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let mut in_use = self.store.in_use.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut in_use = self
+            .store
+            .in_use
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         for set in &self.sets {
             if let Some(count) = in_use.get_mut(&set.id) {
                 *count -= 1;
@@ -131,8 +158,10 @@ fn segments_of(index: &Index) -> HashMap<Digest, (u32, u64)> {
     let mut segments = HashMap::new();
     for (file, meta) in (0u32..).zip(index.files()) {
         for segment in 0..meta.segments() {
-            let digests: Vec<_> =
-                meta.segment_range(segment).map(|block| index.digest(BlockRef { file, block })).collect();
+            let digests: Vec<_> = meta
+                .segment_range(segment)
+                .map(|block| index.digest(BlockRef { file, block }))
+                .collect();
             segments.insert(tree::segment_digest(&digests), (file, segment));
         }
     }
@@ -160,18 +189,29 @@ fn open_partial(place: &Path, page_size: PageSize) -> Result<Index, StoreError> 
 }
 
 /// The files of a directory of ours, with the block lengths that a transfer would give them.
-pub(super) fn list_files(directory: &Path, page_size: PageSize) -> Result<Vec<FileMeta>, StoreError> {
+pub(super) fn list_files(
+    directory: &Path,
+    page_size: PageSize,
+) -> Result<Vec<FileMeta>, StoreError> {
     let mut files = Vec::new();
     for entry in fs::read_dir(directory).tried("list", directory)? {
         let entry = entry.tried("list", directory)?;
         let meta = entry.metadata().tried("examine", &entry.path())?;
-        let name = entry.file_name().into_string().ok().and_then(|name| FileName::new(name).ok());
+        let name = entry
+            .file_name()
+            .into_string()
+            .ok()
+            .and_then(|name| FileName::new(name).ok());
         if let (true, Some(name)) = (meta.is_file(), name) {
             files.push(FileMeta::new(name, 0o644, meta.len(), page_size));
         }
     }
     files.sort_by(|a, b| a.name.cmp(&b.name));
-    debug_assert!(files.iter().all(|file| file.block_len >= OPAQUE_BLOCK || file.is_pages()));
+    debug_assert!(
+        files
+            .iter()
+            .all(|file| file.block_len >= OPAQUE_BLOCK || file.is_pages())
+    );
     Ok(files)
 }
 
@@ -179,7 +219,8 @@ fn hash_file(path: &Path, meta: &FileMeta, digests: &mut Vec<Digest>) -> io::Res
     let file = File::open(path)?;
     for segment in 0..meta.segments() {
         let range = meta.bytes_of(&meta.segment_range(segment));
-        let mut buffer = vec![0; usize::try_from(range.end - range.start).map_err(io::Error::other)?];
+        let mut buffer =
+            vec![0; usize::try_from(range.end - range.start).map_err(io::Error::other)?];
         file.read_exact_at(&mut buffer, range.start)?;
         hash_blocks(&buffer, meta.block_len as usize, digests);
     }

@@ -25,7 +25,10 @@ const FIXED: usize = 32;
 
 /// An index that is not whole; the set it belongs to is then not used for saving bytes.
 fn damaged(path: &Path) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("{}: not a whole index", path.display()))
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("{}: not a whole index", path.display()),
+    )
 }
 
 /// A mapped index.
@@ -56,7 +59,8 @@ impl Index {
         durable: bool,
     ) -> io::Result<()> {
         let blocks: u64 = files.iter().map(FileMeta::blocks).sum();
-        let slots = usize::try_from((blocks + blocks / 2).next_power_of_two()).map_err(io::Error::other)?;
+        let slots =
+            usize::try_from((blocks + blocks / 2).next_power_of_two()).map_err(io::Error::other)?;
         let header = encode_header(files);
         let mut out = BufWriter::with_capacity(256 << 10, File::create(path)?);
         out.write_all(MAGIC)?;
@@ -72,7 +76,9 @@ impl Index {
         let mut number = 0u32;
         for digest in digests {
             out.write_all(&digest.0)?;
-            number = number.checked_add(1).ok_or_else(|| io::Error::other("too many blocks for one index"))?;
+            number = number
+                .checked_add(1)
+                .ok_or_else(|| io::Error::other("too many blocks for one index"))?;
             if !zeros.contains(&digest) {
                 insert(&mut table, BlockId::of(&digest), number);
             }
@@ -87,7 +93,9 @@ impl Index {
         if durable {
             out.get_ref().sync_all()?;
         }
-        out.into_inner().map_err(|error| error.into_error())?.rewind()
+        out.into_inner()
+            .map_err(|error| error.into_error())?
+            .rewind()
     }
 
     /// Opens the index at `path`.
@@ -96,22 +104,37 @@ impl Index {
         let bytes = map.bytes();
         let number = |at: usize| -> io::Result<usize> {
             let bytes = bytes.get(at..at + 8).ok_or_else(|| damaged(path))?;
-            usize::try_from(u64::from_le_bytes(bytes.try_into().expect("eight bytes"))).map_err(|_| damaged(path))
+            usize::try_from(u64::from_le_bytes(bytes.try_into().expect("eight bytes")))
+                .map_err(|_| damaged(path))
         };
         if bytes.get(..8) != Some(MAGIC.as_slice()) {
             return Err(damaged(path));
         }
         let (header, blocks, slots) = (number(8)?, number(16)?, number(24)?);
         let header_end = FIXED.checked_add(header).ok_or_else(|| damaged(path))?;
-        let digests_at = header_end.checked_next_multiple_of(32).ok_or_else(|| damaged(path))?;
-        let slots_at = blocks.checked_mul(32).and_then(|len| len.checked_add(digests_at));
-        let end = slots.checked_mul(4).zip(slots_at).and_then(|(len, at)| len.checked_add(at));
+        let digests_at = header_end
+            .checked_next_multiple_of(32)
+            .ok_or_else(|| damaged(path))?;
+        let slots_at = blocks
+            .checked_mul(32)
+            .and_then(|len| len.checked_add(digests_at));
+        let end = slots
+            .checked_mul(4)
+            .zip(slots_at)
+            .and_then(|(len, at)| len.checked_add(at));
         if end != Some(bytes.len()) || !slots.is_power_of_two() || slots <= blocks {
             return Err(damaged(path));
         }
-        let files = decode_header(&bytes[FIXED..header_end], blocks).ok_or_else(|| damaged(path))?;
+        let files =
+            decode_header(&bytes[FIXED..header_end], blocks).ok_or_else(|| damaged(path))?;
         let slots_at = slots_at.ok_or_else(|| damaged(path))?;
-        Ok(Self { files, digests_at, slots_at, slots, map })
+        Ok(Self {
+            files,
+            digests_at,
+            slots_at,
+            slots,
+            map,
+        })
     }
 
     /// The files of the set, in order.
@@ -126,7 +149,10 @@ impl Index {
 
     /// The number of the file called `name`.
     pub fn file_named(&self, name: &str) -> Option<u32> {
-        let found = self.files.binary_search_by(|file| file.meta.name.as_str().cmp(name)).ok()?;
+        let found = self
+            .files
+            .binary_search_by(|file| file.meta.name.as_str().cmp(name))
+            .ok()?;
         u32::try_from(found).ok()
     }
 
@@ -175,7 +201,10 @@ impl Index {
         // Empty files share their first block's number with the next file: take the last one.
         let file = self.files.partition_point(|file| file.first <= number) - 1;
         let block = (number - self.files[file].first) as u64;
-        BlockRef { file: u32::try_from(file).expect("files are limited"), block }
+        BlockRef {
+            file: u32::try_from(file).expect("files are limited"),
+            block,
+        }
     }
 }
 
@@ -220,7 +249,11 @@ fn encode_header(files: &[FileMeta]) -> Vec<u8> {
         size: file.size,
         block_len: file.block_len,
     });
-    v1::Files { set: 0, files: files.collect() }.encode_to_vec()
+    v1::Files {
+        set: 0,
+        files: files.collect(),
+    }
+    .encode_to_vec()
 }
 
 fn decode_header(bytes: &[u8], blocks: usize) -> Option<Vec<IndexedFile>> {
@@ -245,7 +278,12 @@ mod tests {
     use super::*;
 
     fn meta(name: &str, size: u64) -> FileMeta {
-        FileMeta { name: FileName::new(name).unwrap(), mode: 0o644, size, block_len: 4096 }
+        FileMeta {
+            name: FileName::new(name).unwrap(),
+            mode: 0o644,
+            size,
+            block_len: 4096,
+        }
     }
 
     fn digest(number: u64) -> Digest {
@@ -256,7 +294,13 @@ mod tests {
     fn every_block_is_found_where_it_is() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("index");
-        let files = [meta("a", 0), meta("b", 4096 * 1000), meta("c", 1), meta("d", 0), meta("e", 8192)];
+        let files = [
+            meta("a", 0),
+            meta("b", 4096 * 1000),
+            meta("c", 1),
+            meta("d", 0),
+            meta("e", 8192),
+        ];
         let count: u64 = files.iter().map(FileMeta::blocks).sum();
         Index::write(&path, &files, (0..count).map(digest), false).unwrap();
         let index = Index::open(&path).unwrap();
@@ -264,7 +308,10 @@ mod tests {
         for (file, meta) in (0..).zip(&files) {
             for block in 0..meta.blocks() {
                 let at = BlockRef { file, block };
-                assert_eq!(index.find(BlockId::of(&digest(number))), Some((digest(number), at)));
+                assert_eq!(
+                    index.find(BlockId::of(&digest(number))),
+                    Some((digest(number), at))
+                );
                 assert_eq!(index.digest(at), digest(number));
                 number += 1;
             }
@@ -278,7 +325,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("index");
         let zero = zero_digest(4096);
-        Index::write(&path, &[meta("a", 8192)], [zero, digest(1)].into_iter(), false).unwrap();
+        Index::write(
+            &path,
+            &[meta("a", 8192)],
+            [zero, digest(1)].into_iter(),
+            false,
+        )
+        .unwrap();
         let index = Index::open(&path).unwrap();
         assert_eq!(index.find(BlockId::of(&zero)), None);
         assert!(index.find(BlockId::of(&digest(1))).is_some());

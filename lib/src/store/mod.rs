@@ -71,7 +71,11 @@ impl Store {
         }
         let root = fs::canonicalize(root).tried("find", root)?;
         let durable = crate::sys::is_durable(&root).tried("examine", &root)?;
-        Ok(Self { root, durable, in_use: Arc::default() })
+        Ok(Self {
+            root,
+            durable,
+            in_use: Arc::default(),
+        })
     }
 
     /// Where it is.
@@ -128,19 +132,27 @@ impl Store {
         }
         // Somebody may have renamed it.
         let entries = fs::read_dir(&self.root).ok()?;
-        entries.flatten().map(|entry| entry.path()).find(|path| inode(path) == Some(record.inode))
+        entries
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| inode(path) == Some(record.inode))
     }
 
     /// The set that has the name `name` now.
     pub fn current(&self, name: &str) -> Result<Option<Record>, StoreError> {
         let inode = inode(&self.root.join(name));
-        Ok(self.records()?.into_iter().find(|record| Some(record.inode) == inode))
+        Ok(self
+            .records()?
+            .into_iter()
+            .find(|record| Some(record.inode) == inode))
     }
 
     /// How a set is called in messages: its name, or its number where that is another's by now.
     pub fn name_of(&self, id: u64) -> Result<String, StoreError> {
         let records = self.records()?;
-        let named = records.iter().find(|record| record.id == id && !record.superseded && !record.name.is_empty());
+        let named = records
+            .iter()
+            .find(|record| record.id == id && !record.superseded && !record.name.is_empty());
         Ok(named.map_or_else(|| format!("#{id}"), |record| record.name.clone()))
     }
 
@@ -148,7 +160,10 @@ impl Store {
     pub fn find_root(&self, peer: &[u8; 32], root: &Digest) -> Result<Option<Record>, StoreError> {
         let mut records = self.records()?;
         records.retain(|record| record.root == *root && record.peer == *peer);
-        Ok(records.into_iter().rev().find(|record| self.directory_of(record).is_some()))
+        Ok(records
+            .into_iter()
+            .rev()
+            .find(|record| self.directory_of(record).is_some()))
     }
 
     /// The index of a set's blocks.
@@ -175,20 +190,32 @@ impl Store {
 
     fn sync_dir(&self, path: &Path) -> Result<(), StoreError> {
         if self.durable {
-            File::open(path).and_then(|dir| dir.sync_all()).tried("sync", path)?;
+            File::open(path)
+                .and_then(|dir| dir.sync_all())
+                .tried("sync", path)?;
         }
         Ok(())
     }
 
     fn is_in_use(&self, id: u64) -> bool {
-        self.in_use.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&id)
+        self.in_use
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains_key(&id)
     }
 }
 
 fn inode(path: &Path) -> Option<u64> {
-    fs::symlink_metadata(path).ok().filter(fs::Metadata::is_dir).map(|meta| meta.ino())
+    fs::symlink_metadata(path)
+        .ok()
+        .filter(fs::Metadata::is_dir)
+        .map(|meta| meta.ino())
 }
 
 fn private_dirs(path: &Path) -> Result<(), StoreError> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).tried("create", path)
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .tried("create", path)
 }

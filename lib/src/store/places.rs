@@ -26,7 +26,9 @@ pub struct Stage {
 
 impl Stage {
     pub(super) fn at(place: &Path) -> Self {
-        Self { place: place.to_owned() }
+        Self {
+            place: place.to_owned(),
+        }
     }
 
     /// The directory that will be published.
@@ -75,7 +77,12 @@ pub struct PublishedSet {
 
 impl Store {
     /// Opens a stage for a transfer of the set `name` from `peer`.
-    pub fn stage(&self, peer: &[u8; 32], name: &str, page_size: PageSize) -> Result<Stage, StoreError> {
+    pub fn stage(
+        &self,
+        peer: &[u8; 32],
+        name: &str,
+        page_size: PageSize,
+    ) -> Result<Stage, StoreError> {
         let stages = self.state_path("stage");
         for number in 1u64.. {
             let place = stages.join(number.to_string());
@@ -83,10 +90,17 @@ impl Store {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.tried("create", &place)?,
             }
-            let about = v1::PartialRecord { peer: peer.to_vec(), name: name.to_owned(), page_size: page_size.bytes() };
+            let about = v1::PartialRecord {
+                peer: peer.to_vec(),
+                name: name.to_owned(),
+                page_size: page_size.bytes(),
+            };
             write_atomically(&place.join("about"), &about.encode_to_vec(), false)?;
             let files = place.join("files");
-            fs::DirBuilder::new().mode(0o700).create(&files).tried("create", &files)?;
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(&files)
+                .tried("create", &files)?;
             return Ok(Stage { place });
         }
         unreachable!("some number is free")
@@ -101,7 +115,8 @@ impl Store {
         let partials = self.state_path("partial");
         for number in 1u64.. {
             let place = partials.join(number.to_string());
-            match rustix::fs::renameat_with(CWD, &stage.place, CWD, &place, RenameFlags::NOREPLACE) {
+            match rustix::fs::renameat_with(CWD, &stage.place, CWD, &place, RenameFlags::NOREPLACE)
+            {
                 Err(rustix::io::Errno::EXIST) => {}
                 other => return other.tried("rename", &stage.place),
             }
@@ -132,7 +147,10 @@ impl Store {
             None => None,
         };
         let mut notes = Vec::new();
-        let base = new.base.map(|base| self.link_base(&stage, &new, base, &records, &mut notes)).transpose()?;
+        let base = new
+            .base
+            .map(|base| self.link_base(&stage, &new, base, &records, &mut notes))
+            .transpose()?;
         self.sync_dir(&stage.files())?;
 
         let record = self.remember(&stage, &new, current.as_ref(), &records, files, digests)?;
@@ -151,13 +169,19 @@ impl Store {
         remove_tree(&stage.place)?;
         self.drop_partials(&new)?;
         self.collect(new.name.as_deref(), new.keep)?;
-        Ok(PublishedSet { record, base, notes })
+        Ok(PublishedSet {
+            record,
+            base,
+            notes,
+        })
     }
 
     /// Removes the set with this name; its generation stays, unnamed, while others build on it.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
         let _lock = self.lock()?;
-        let record = self.current(name)?.ok_or_else(|| StoreError::NoSuchSet(name.to_owned()))?;
+        let record = self
+            .current(name)?
+            .ok_or_else(|| StoreError::NoSuchSet(name.to_owned()))?;
         self.release_name(&record, &mut Vec::new())?;
         let stage = self.stage(&record.peer, name, record.page_size)?;
         let named = self.root.join(name);
@@ -170,12 +194,19 @@ impl Store {
         self.collect(Some(name), 0)
     }
 
-    fn check_name(&self, name: &str, new: &NewSet, records: &[Record]) -> Result<Option<Record>, StoreError> {
+    fn check_name(
+        &self,
+        name: &str,
+        new: &NewSet,
+        records: &[Record],
+    ) -> Result<Option<Record>, StoreError> {
         let place = self.root.join(name);
         if fs::symlink_metadata(&place).is_err() {
             return Ok(None);
         }
-        let found = records.iter().find(|record| Some(record.inode) == inode(&place));
+        let found = records
+            .iter()
+            .find(|record| Some(record.inode) == inode(&place));
         let record = found.ok_or(StoreError::Foreign(place))?;
         if new.names_are_owned && record.peer != new.peer {
             return Err(StoreError::NotYours(name.to_owned()));
@@ -195,16 +226,25 @@ impl Store {
     ) -> Result<String, StoreError> {
         let record = records.iter().find(|record| record.id == base);
         let record = record.ok_or_else(|| StoreError::NoSuchSet(format!("number {base}")))?;
-        let named = if record.superseded { String::new() } else { record.name.clone() };
-        let shown = if named.is_empty() { format!("#{base}") } else { named.clone() };
+        let named = if record.superseded {
+            String::new()
+        } else {
+            record.name.clone()
+        };
+        let shown = if named.is_empty() {
+            format!("#{base}")
+        } else {
+            named.clone()
+        };
         let link = stage.files().join("parent");
         let own_name = new.name.as_deref() == Some(named.as_str());
-        let is_right = !named.is_empty() && !own_name && inode(&self.root.join(&named)) == Some(record.inode);
-        if let (Some(text), true) = (&new.keep_link, is_right) {
-            if *text == format!("../{named}") {
-                symlink(text, &link).tried("create", &link)?;
-                return Ok(shown);
-            }
+        let is_right =
+            !named.is_empty() && !own_name && inode(&self.root.join(&named)) == Some(record.inode);
+        if let (Some(text), true) = (&new.keep_link, is_right)
+            && *text == format!("../{named}")
+        {
+            symlink(text, &link).tried("create", &link)?;
+            return Ok(shown);
         }
         self.pin(record, records)?;
         let text = match new.name {
@@ -212,7 +252,9 @@ impl Store {
             None => format!("../{base}"),
         };
         if let Some(was) = &new.keep_link {
-            notes.push(format!("the link `parent` was {was} and is now {text}: that is where its parent lies here"));
+            notes.push(format!(
+                "the link `parent` was {was} and is now {text}: that is where its parent lies here"
+            ));
         }
         symlink(&text, &link).tried("create", &link)?;
         Ok(shown)
@@ -227,7 +269,9 @@ impl Store {
         // From the oldest on, so that each clone's link leads to something.
         let mut chain = vec![record];
         while let Some(base) = chain.last().and_then(|record| record.base) {
-            let Some(next) = records.iter().find(|record| record.id == base) else { break };
+            let Some(next) = records.iter().find(|record| record.id == base) else {
+                break;
+            };
             if chain.len() > crate::wire::limits::CHAIN {
                 break;
             }
@@ -236,7 +280,9 @@ impl Store {
         for record in chain.into_iter().rev() {
             let place = self.base_path(record.id);
             if !place.is_dir() {
-                let from = self.directory_of(record).ok_or_else(|| StoreError::NoSuchSet(record.name.clone()))?;
+                let from = self
+                    .directory_of(record)
+                    .ok_or_else(|| StoreError::NoSuchSet(record.name.clone()))?;
                 self.clone_by_links(&from, &place, record.base)?;
             }
         }
@@ -249,7 +295,10 @@ impl Store {
         if building.exists() {
             remove_tree(&building)?;
         }
-        fs::DirBuilder::new().mode(0o700).create(&building).tried("create", &building)?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&building)
+            .tried("create", &building)?;
         for entry in fs::read_dir(from).tried("list", from)? {
             let entry = entry.tried("list", from)?;
             let target = building.join(entry.file_name());
@@ -275,7 +324,11 @@ impl Store {
         digests: impl Iterator<Item = Digest>,
     ) -> Result<Record, StoreError> {
         let named = |record: &&Record| new.name.as_deref() == Some(record.name.as_str());
-        let last = records.iter().filter(named).map(|record| record.generation).max();
+        let last = records
+            .iter()
+            .filter(named)
+            .map(|record| record.generation)
+            .max();
         debug_assert!(current.is_none_or(|current| Some(current.generation) <= last));
         let record = Record {
             id: records.last().map_or(1, |record| record.id + 1),
@@ -296,7 +349,10 @@ impl Store {
         if place.exists() {
             remove_tree(&place)?;
         }
-        fs::DirBuilder::new().mode(0o700).create(&place).tried("create", &place)?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&place)
+            .tried("create", &place)?;
         let index = place.join("index");
         Index::write(&index, files, digests, self.durable).tried("write", &index)?;
         record.save(&place.join("record"), self.durable)?;
@@ -306,16 +362,21 @@ impl Store {
     }
 
     fn move_in(&self, from: &Path, to: &Path) -> Result<(), StoreError> {
-        rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).tried("rename", from)?;
+        rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)
+            .tried("rename", from)?;
         self.sync_dir(to.parent().unwrap_or(&self.root))
     }
 
     // Sets whose link leads to the name get a link to the place that stays.
     fn release_name(&self, record: &Record, notes: &mut Vec<String>) -> Result<(), StoreError> {
         let records = self.records()?;
-        for user in records.iter().filter(|user| user.base == Some(record.id) && !user.superseded) {
+        for user in records
+            .iter()
+            .filter(|user| user.base == Some(record.id) && !user.superseded)
+        {
             let link = self.root.join(&user.name).join("parent");
-            let by_name = fs::read_link(&link).is_ok_and(|text| text == Path::new("..").join(&record.name));
+            let by_name =
+                fs::read_link(&link).is_ok_and(|text| text == Path::new("..").join(&record.name));
             if user.name.is_empty() || !by_name {
                 continue;
             }
@@ -326,7 +387,10 @@ impl Store {
             symlink(&text, &new).tried("create", &new)?;
             fs::rename(&new, &link).tried("rename", &new)?;
             self.sync_dir(&self.root.join(&user.name))?;
-            notes.push(format!("{}/parent is now {text}: the set {} has a new generation", user.name, record.name));
+            notes.push(format!(
+                "{}/parent is now {text}: the set {} has a new generation",
+                user.name, record.name
+            ));
         }
         Ok(())
     }
@@ -361,7 +425,12 @@ impl Store {
     pub(super) fn collect(&self, name: Option<&str>, keep: u64) -> Result<(), StoreError> {
         loop {
             let records = self.records()?;
-            let newest = records.iter().filter(|r| Some(r.name.as_str()) == name).map(|r| r.generation).max().unwrap_or(0);
+            let newest = records
+                .iter()
+                .filter(|r| Some(r.name.as_str()) == name)
+                .map(|r| r.generation)
+                .max()
+                .unwrap_or(0);
             let is_kept = |record: &Record| {
                 Some(record.name.as_str()) != name || record.generation + keep >= newest && keep > 0
             };
@@ -385,7 +454,10 @@ impl Store {
 
     fn unpin_unused(&self) -> Result<(), StoreError> {
         let records = self.records()?;
-        for record in records.iter().filter(|record| !record.superseded && !record.name.is_empty()) {
+        for record in records
+            .iter()
+            .filter(|record| !record.superseded && !record.name.is_empty())
+        {
             let is_base = records.iter().any(|other| other.base == Some(record.id));
             let named = inode(&self.root.join(&record.name)) == Some(record.inode);
             if named && !is_base && !self.is_in_use(record.id) {
@@ -407,12 +479,17 @@ impl Store {
     }
 
     /// The unfinished transfers of this peer, newest first.
-    pub(super) fn partials(&self, peer: &[u8; 32]) -> Result<Vec<(PathBuf, v1::PartialRecord)>, StoreError> {
+    pub(super) fn partials(
+        &self,
+        peer: &[u8; 32],
+    ) -> Result<Vec<(PathBuf, v1::PartialRecord)>, StoreError> {
         let path = self.state_path("partial");
         let mut found = Vec::new();
         for entry in fs::read_dir(&path).tried("list", &path)? {
             let place = entry.tried("list", &path)?.path();
-            let about = fs::read(place.join("about")).ok().and_then(|bytes| v1::PartialRecord::decode(&*bytes).ok());
+            let about = fs::read(place.join("about"))
+                .ok()
+                .and_then(|bytes| v1::PartialRecord::decode(&*bytes).ok());
             match about {
                 Some(about) if about.peer == peer => found.push((place, about)),
                 _ => {}
@@ -427,9 +504,14 @@ fn modified(path: &Path) -> Option<SystemTime> {
     fs::metadata(path).and_then(|meta| meta.modified()).ok()
 }
 
-#[expect(clippy::disallowed_methods, reason = "the time of publishing is recorded, nothing is decided by it")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the time of publishing is recorded, nothing is decided by it"
+)]
 fn unix_time_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 pub(super) fn remove_tree(path: &Path) -> Result<(), StoreError> {
@@ -437,5 +519,9 @@ pub(super) fn remove_tree(path: &Path) -> Result<(), StoreError> {
 }
 
 fn remove_if_there(path: &Path) -> Result<(), StoreError> {
-    if path.exists() { remove_tree(path) } else { Ok(()) }
+    if path.exists() {
+        remove_tree(path)
+    } else {
+        Ok(())
+    }
 }

@@ -48,8 +48,11 @@ impl Record {
     pub(super) fn load(path: &Path) -> Result<Self, StoreError> {
         let bytes = fs::read(path).tried("read", path)?;
         let bad = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
-        let record = v1::SetRecord::decode(bytes.as_slice()).map_err(|_| bad("not a record of a set"));
-        record.and_then(|record| Self::from_proto(record).ok_or_else(|| bad("not a whole record"))).tried("read", path)
+        let record =
+            v1::SetRecord::decode(bytes.as_slice()).map_err(|_| bad("not a record of a set"));
+        record
+            .and_then(|record| Self::from_proto(record).ok_or_else(|| bad("not a whole record")))
+            .tried("read", path)
     }
 
     /// Writes the record so that a crash leaves the old one or the new one.

@@ -31,11 +31,20 @@ impl Store {
     fn recover_stage(&self, place: &Path) -> Result<(), StoreError> {
         let stage = Stage::at(place);
         let files = stage.files();
-        let record = self.records()?.into_iter().find(|record| Some(record.inode) == inode(&files));
+        let record = self
+            .records()?
+            .into_iter()
+            .find(|record| Some(record.inode) == inode(&files));
         let Some(record) = record else {
-            return if files.is_dir() { self.abandon(stage) } else { remove_tree(place) };
+            return if files.is_dir() {
+                self.abandon(stage)
+            } else {
+                remove_tree(place)
+            };
         };
-        let newer = self.current(&record.name)?.filter(|current| current.generation > record.generation);
+        let newer = self
+            .current(&record.name)?
+            .filter(|current| current.generation > record.generation);
         if newer.is_some() {
             self.supersede(record, &files)?;
             return remove_tree(place);

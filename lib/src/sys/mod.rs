@@ -1,5 +1,8 @@
 //! System calls that have no safe wrapper, and the few places where `unsafe` is allowed.
-#![allow(unsafe_code, reason = "this module is where it belongs; each block says why it is sound")]
+#![allow(
+    unsafe_code,
+    reason = "this module is where it belongs; each block says why it is sound"
+)]
 
 use std::fs::File;
 use std::io;

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use super::TransferError;
 use crate::delta::BlockRef;
 use crate::digest::Digest;
-use crate::image::{FileKind, ImageError, PagemapName, Pagemap, ResolvedRun, Source, pages_file_name, resolve};
+use crate::image::{
+    FileKind, ImageError, Pagemap, PagemapName, ResolvedRun, Source, pages_file_name, resolve,
+};
 use crate::page::PageSize;
 use crate::store::{Index, Record, Store, Tried as _};
 use crate::wire::limits;
@@ -41,7 +43,8 @@ pub(super) struct StoredLevel {
 impl StoredLevel {
     /// The pages file of the pagemap `name`, as the number of a file in the index.
     pub(super) fn pages_file(&self, name: PagemapName) -> Option<u32> {
-        self.index.file_named(&pages_file_name(self.pagemaps.get(&name)?.pages_id()))
+        self.index
+            .file_named(&pages_file_name(self.pagemaps.get(&name)?.pages_id()))
     }
 }
 
@@ -63,7 +66,10 @@ impl StoredChain {
             levels.push(open_level(store, record)?);
             next = record.base;
             if levels.len() > limits::CHAIN {
-                let error = ImageError::TooDeep { directory: levels[0].directory.clone(), limit: limits::CHAIN };
+                let error = ImageError::TooDeep {
+                    directory: levels[0].directory.clone(),
+                    limit: limits::CHAIN,
+                };
                 return Err(error.into());
             }
         }
@@ -72,7 +78,9 @@ impl StoredChain {
 
     /// The pagemaps of that name, newest first, up to the first set that has none.
     pub(super) fn pagemaps_of(&self, name: PagemapName) -> impl Iterator<Item = &Pagemap> {
-        self.levels.iter().map_while(move |level| level.pagemaps.get(&name))
+        self.levels
+            .iter()
+            .map_while(move |level| level.pagemaps.get(&name))
     }
 
     /// Where each page of the newest set's pagemap `name` is; empty if it has none.
@@ -88,11 +96,16 @@ impl StoredChain {
 
 fn missing(store: &Store, id: u64) -> TransferError {
     let what = "a stored set is gone on which another builds".to_owned();
-    TransferError::Incomplete { directory: store.state_path("sets").join(id.to_string()), what }
+    TransferError::Incomplete {
+        directory: store.state_path("sets").join(id.to_string()),
+        what,
+    }
 }
 
 fn open_level(store: &Store, record: &Record) -> Result<StoredLevel, TransferError> {
-    let directory = store.directory_of(record).ok_or_else(|| missing(store, record.id))?;
+    let directory = store
+        .directory_of(record)
+        .ok_or_else(|| missing(store, record.id))?;
     Ok(StoredLevel {
         id: record.id,
         index: store.index(record.id)?,
@@ -117,8 +130,18 @@ impl<'a> PageDigests<'a> {
         page_size: PageSize,
     ) -> Result<Self, TransferError> {
         let mut runs = chain.resolve(name)?.into_iter();
-        let files = chain.levels.iter().map(|level| level.pages_file(name)).collect();
-        Ok(Self { chain, files, run: runs.next(), runs, page_size })
+        let files = chain
+            .levels
+            .iter()
+            .map(|level| level.pages_file(name))
+            .collect();
+        Ok(Self {
+            chain,
+            files,
+            run: runs.next(),
+            runs,
+            page_size,
+        })
     }
 
     /// The digest of the page at `vaddr`, if its bytes are in the chain. Addresses must ascend.
@@ -130,8 +153,13 @@ impl<'a> PageDigests<'a> {
             }
             let page = (vaddr - run.vaddr) / self.page_size.bytes();
             if page < run.pages {
-                let Source::At { level, page: first } = run.source else { return None };
-                let at = BlockRef { file: self.files[level]?, block: first + page };
+                let Source::At { level, page: first } = run.source else {
+                    return None;
+                };
+                let at = BlockRef {
+                    file: self.files[level]?,
+                    block: first + page,
+                };
                 let index = &self.chain.levels[level].index;
                 return (at.block < index.file(at.file).blocks()).then(|| index.digest(at));
             }

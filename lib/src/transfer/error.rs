@@ -79,8 +79,14 @@ impl TransferError {
     pub(super) fn to_failure(&self) -> Option<Failure> {
         let code = match self {
             Self::Session(error) => return error.to_failure(),
-            Self::Transport(TransportError::MessageTooLong { .. } | TransportError::CutShort) => FailureCode::Protocol,
-            Self::Transport(_) | Self::Connect(_) | Self::Bind(_) | Self::Identity(_) | Self::Ticket(_) => return None,
+            Self::Transport(TransportError::MessageTooLong { .. } | TransportError::CutShort) => {
+                FailureCode::Protocol
+            }
+            Self::Transport(_)
+            | Self::Connect(_)
+            | Self::Bind(_)
+            | Self::Identity(_)
+            | Self::Ticket(_) => return None,
             Self::Image(_) | Self::Incomplete { .. } | Self::Layout(_) => FailureCode::Image,
             Self::Name(_) => FailureCode::Name,
             Self::Read { .. } => FailureCode::Internal,

@@ -11,7 +11,10 @@ pub(super) fn in_parallel<J: Sync, R: Send>(
     jobs: &[J],
     work: impl Fn(&J) -> Result<R, TransferError> + Sync,
 ) -> Result<Vec<R>, TransferError> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4).min(jobs.len().max(1));
+    let threads = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(4)
+        .min(jobs.len().max(1));
     if threads == 1 {
         return jobs.iter().map(work).collect();
     }
@@ -21,7 +24,9 @@ pub(super) fn in_parallel<J: Sync, R: Send>(
         let mut done = Vec::new();
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(job) = jobs.get(index) else { return done };
+            let Some(job) = jobs.get(index) else {
+                return done;
+            };
             match work(job) {
                 Ok(result) => done.push((index, result)),
                 Err(error) => {
@@ -34,7 +39,10 @@ pub(super) fn in_parallel<J: Sync, R: Send>(
     };
     let mut results: Vec<(usize, R)> = std::thread::scope(|scope| {
         let handles: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
-        handles.into_iter().flat_map(|handle| handle.join().expect("workers do not panic")).collect()
+        handles
+            .into_iter()
+            .flat_map(|handle| handle.join().expect("workers do not panic"))
+            .collect()
     });
     if let Some(error) = failed.into_inner().expect("no one panics with it") {
         return Err(error);

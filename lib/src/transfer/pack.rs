@@ -8,8 +8,8 @@ use bytes::Bytes;
 
 use super::TransferError;
 use super::plan::SourceSet;
-use crate::delta::codec::{CodecPolicy, Compressor, Sent, pack};
 use crate::delta::FileMeta;
+use crate::delta::codec::{CodecPolicy, Compressor, Sent, pack};
 use crate::session::SessionError;
 use crate::transport::Connection;
 use crate::wire::{Codec, FrameHeader, Op, SegmentAt, encode_ops};
@@ -40,7 +40,11 @@ pub(super) struct Packer {
 
 impl Packer {
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
-    pub(super) fn new(sets: Arc<Vec<SourceSet>>, connection: Connection, bytes_per_s: Option<u64>) -> Self {
+    pub(super) fn new(
+        sets: Arc<Vec<SourceSet>>,
+        connection: Connection,
+        bytes_per_s: Option<u64>,
+    ) -> Self {
         let begun = Instant::now();
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let mut policy = CodecPolicy::new(threads.min(super::send::BULK_STREAMS));
@@ -48,7 +52,14 @@ impl Packer {
             #[expect(clippy::cast_precision_loss, reason = "a rate is an estimate")]
             policy.assume_link(rate as f64);
         }
-        Self { sets, connection, bytes_per_s, begun, policy: Mutex::new(policy), last_sent: Mutex::new(begun) }
+        Self {
+            sets,
+            connection,
+            bytes_per_s,
+            begun,
+            policy: Mutex::new(policy),
+            last_sent: Mutex::new(begun),
+        }
     }
 
     /// Packs the literal blocks of a segment; `bytes` is the whole segment where it is still in
@@ -63,7 +74,11 @@ impl Packer {
         let set = &self.sets[at.set as usize];
         let meta = &set.files[at.file as usize];
         let (raw, blocks) = self.gather(set, meta, at, ops, bytes)?;
-        let compressed = if raw.is_empty() { None } else { self.compress(&raw) };
+        let compressed = if raw.is_empty() {
+            None
+        } else {
+            self.compress(&raw)
+        };
         let ops = encode_ops(ops);
         let (codec, payload) = match compressed {
             Some(payload) => (Codec::Zstd, Bytes::from(payload)),
@@ -81,8 +96,16 @@ impl Packer {
         };
         let head = [header.encode().as_slice(), &ops].concat();
         let wire_len = (head.len() + payload.len()) as u64;
-        let compressed_pages = if codec == Codec::Zstd && meta.is_pages() { blocks } else { 0 };
-        Ok(Packed { parts: [head.into(), payload], compressed_pages, wire_len })
+        let compressed_pages = if codec == Codec::Zstd && meta.is_pages() {
+            blocks
+        } else {
+            0
+        };
+        Ok(Packed {
+            parts: [head.into(), payload],
+            compressed_pages,
+            wire_len,
+        })
     }
 
     // The bytes of the literal blocks, and how many blocks they are.
@@ -107,7 +130,8 @@ impl Packer {
                 let range = meta.bytes_of(&(block..end));
                 match &bytes {
                     Some(bytes) => {
-                        let fits = |at: u64| usize::try_from(at - whole.start).expect("within a segment");
+                        let fits =
+                            |at: u64| usize::try_from(at - whole.start).expect("within a segment");
                         raw.extend_from_slice(&bytes[fits(range.start)..fits(range.end)]);
                     }
                     // A literal block was not zero when it was hashed: a hole now is a change.
@@ -130,7 +154,10 @@ impl Packer {
             if compressor.is_none() {
                 *compressor = Compressor::new().ok();
             }
-            pack(&self.policy, compressor.as_mut()?, raw, || Instant::now() - self.begun).ok()?
+            pack(&self.policy, compressor.as_mut()?, raw, || {
+                Instant::now() - self.begun
+            })
+            .ok()?
         })
     }
 
@@ -139,7 +166,10 @@ impl Packer {
         let Some(rate) = self.bytes_per_s else { return };
         loop {
             let sent = self.connection.wire_bytes().0;
-            #[expect(clippy::cast_precision_loss, reason = "microseconds do not matter here")]
+            #[expect(
+                clippy::cast_precision_loss,
+                reason = "microseconds do not matter here"
+            )]
             let due = Duration::from_secs_f64(sent as f64 / rate.max(1) as f64);
             let elapsed = self.clock() - self.begun;
             if due <= elapsed {
@@ -158,7 +188,11 @@ impl Packer {
     pub(super) fn sent(&self, bytes: u64, begun: Instant) {
         let now = self.clock();
         let interval = now - std::mem::replace(&mut *lock(&self.last_sent), now);
-        lock(&self.policy).on_sent(Sent { bytes, waited: now - begun, interval });
+        lock(&self.policy).on_sent(Sent {
+            bytes,
+            waited: now - begun,
+            interval,
+        });
     }
 }
 

@@ -38,25 +38,44 @@ impl SourceSet {
         let mut files = Vec::with_capacity(listing.files.len());
         for file in &listing.files {
             let mode = u16::try_from(file.stat.mode & 0o777).expect("nine bits");
-            files.push(FileMeta::new(FileName::new(&file.name)?, mode, file.stat.size, page_size));
+            files.push(FileMeta::new(
+                FileName::new(&file.name)?,
+                mode,
+                file.stat.size,
+                page_size,
+            ));
         }
-        Ok(Self { dir, listing, files, open: Mutex::default() })
+        Ok(Self {
+            dir,
+            listing,
+            files,
+            open: Mutex::default(),
+        })
     }
 
     /// Reads `range` of file number `file`; `None` if all of it is a hole.
-    pub(super) fn read(&self, file: u32, range: std::ops::Range<u64>) -> Result<Option<Vec<u8>>, TransferError> {
+    pub(super) fn read(
+        &self,
+        file: u32,
+        range: std::ops::Range<u64>,
+    ) -> Result<Option<Vec<u8>>, TransferError> {
         let handle = self.file(file)?;
         let info = &self.listing.files[file as usize];
         let failed = |source: io::Error| match source.kind() {
             io::ErrorKind::UnexpectedEof => SessionError::Changed(info.name.clone()).into(),
-            _ => TransferError::Read { path: self.dir.path().join(&info.name), source },
+            _ => TransferError::Read {
+                path: self.dir.path().join(&info.name),
+                source,
+            },
         };
         if info.stat.allocated < info.stat.size && is_hole(&handle, &range) {
             return Ok(None);
         }
         let len = usize::try_from(range.end - range.start).expect("a segment fits into memory");
         let mut buffer = vec![0; len];
-        handle.read_exact_at(&mut buffer, range.start).map_err(failed)?;
+        handle
+            .read_exact_at(&mut buffer, range.start)
+            .map_err(failed)?;
         Ok(Some(buffer))
     }
 
@@ -65,7 +84,10 @@ impl SourceSet {
         if let Some((_, handle)) = open.iter().find(|(number, _)| *number == file) {
             return Ok(handle.clone());
         }
-        let handle = Arc::new(self.dir.open_file(&self.listing.files[file as usize].name)?);
+        let handle = Arc::new(
+            self.dir
+                .open_file(&self.listing.files[file as usize].name)?,
+        );
         if open.len() >= OPEN_FILES {
             open.remove(0);
         }
@@ -95,7 +117,9 @@ impl SourceSet {
             .zip(&self.files)
             .flat_map(|(file, meta)| (0..meta.segments()).map(move |segment| (file, segment)))
             .collect();
-        let digests = super::files::in_parallel(&jobs, |&(file, segment)| self.scan(file, segment).map(|scan| scan.1))?;
+        let digests = super::files::in_parallel(&jobs, |&(file, segment)| {
+            self.scan(file, segment).map(|scan| scan.1)
+        })?;
         let mut leaves: Vec<_> = self.files.iter().map(|_| Vec::new()).collect();
         for (&(file, _), digests) in jobs.iter().zip(digests) {
             leaves[file as usize].extend(digests);
@@ -104,14 +128,19 @@ impl SourceSet {
     }
 
     /// The bytes of one segment (`None`: a hole) and the digests of its blocks.
-    pub(super) fn scan(&self, file: u32, segment: u64) -> Result<(Option<Vec<u8>>, Vec<Digest>), TransferError> {
+    pub(super) fn scan(
+        &self,
+        file: u32,
+        segment: u64,
+    ) -> Result<(Option<Vec<u8>>, Vec<Digest>), TransferError> {
         let meta = &self.files[file as usize];
         let blocks = meta.segment_range(segment);
         let bytes = self.read(file, meta.bytes_of(&blocks))?;
         let mut digests = Vec::new();
         match &bytes {
             Some(bytes) => hash_blocks(bytes, meta.block_len as usize, &mut digests),
-            None => digests.extend(blocks.map(|block| crate::digest::zero_digest(meta.block_bytes(block)))),
+            None => digests
+                .extend(blocks.map(|block| crate::digest::zero_digest(meta.block_bytes(block)))),
         }
         Ok((bytes, digests))
     }
@@ -139,7 +168,10 @@ pub(super) fn plan(
 ) -> Result<(Vec<SourceSet>, Vec<SetPlan>), TransferError> {
     let chain = Chain::open(directory, page_size)?;
     if let damaged @ Completeness::Damaged(_) = chain.completeness() {
-        return Err(TransferError::Incomplete { directory: directory.to_owned(), what: damaged.to_string() });
+        return Err(TransferError::Incomplete {
+            directory: directory.to_owned(),
+            what: damaged.to_string(),
+        });
     }
     let name = name.map_or_else(|| SetName::new(own_name(directory)), Ok)?;
     let page_size = chain.page_size();
@@ -168,10 +200,15 @@ pub(super) fn plan(
 fn image_version(dir: &ImageDir) -> Result<u32, TransferError> {
     const INVENTORY_LIMIT: u64 = 1 << 20;
     let bytes = dir.read_optional("inventory.img", INVENTORY_LIMIT)?;
-    Ok(bytes.map(|bytes| Inventory::parse(&bytes, "inventory.img")).transpose()?.map_or(0, |it| it.img_version))
+    Ok(bytes
+        .map(|bytes| Inventory::parse(&bytes, "inventory.img"))
+        .transpose()?
+        .map_or(0, |it| it.img_version))
 }
 
 fn own_name(directory: &Path) -> String {
     let path = std::fs::canonicalize(directory).unwrap_or_else(|_| PathBuf::from(directory));
-    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
 }

@@ -77,13 +77,26 @@ impl Receiver {
         };
         let fingerprint = identity.fingerprint();
         let pinned = !options.peers.is_empty();
-        let trust = if pinned { Trust::Pinned(options.peers) } else { Trust::Anyone };
+        let trust = if pinned {
+            Trust::Pinned(options.peers)
+        } else {
+            Trust::Anyone
+        };
         let server = Server::bind(&options.listen, identity, trust, options.transport)?;
         let addresses = server
             .local_addresses()
-            .map_err(|source| TransferError::Read { path: "/proc/net".into(), source })?;
-        let secret = if pinned { None } else { Some(Secret::generate()) };
-        let ticket = secret.as_ref().map(|secret| Ticket::new(addresses.clone(), fingerprint, secret.clone()));
+            .map_err(|source| TransferError::Read {
+                path: "/proc/net".into(),
+                source,
+            })?;
+        let secret = if pinned {
+            None
+        } else {
+            Some(Secret::generate())
+        };
+        let ticket = secret
+            .as_ref()
+            .map(|secret| Ticket::new(addresses.clone(), fingerprint, secret.clone()));
         let shared = Shared {
             store,
             layout: options.layout,
@@ -95,7 +108,12 @@ impl Receiver {
             received: watch::Sender::new(0),
             _lock: lock,
         };
-        Ok(Self { server, shared: Arc::new(shared), ticket: ticket.transpose()?, addresses })
+        Ok(Self {
+            server,
+            shared: Arc::new(shared),
+            ticket: ticket.transpose()?,
+            addresses,
+        })
     }
 
     /// What a source needs to know; `None` between pinned peers.
@@ -132,7 +150,9 @@ impl Receiver {
 
     /// Tells senders that are connected, and closes the sockets.
     pub async fn close(&self) {
-        self.server.close(CloseCode::ShuttingDown, "the receiver was stopped").await;
+        self.server
+            .close(CloseCode::ShuttingDown, "the receiver was stopped")
+            .await;
     }
 
     async fn accept_all(&self) {
@@ -146,7 +166,10 @@ impl Receiver {
             let address = incoming.remote_address();
             tokio::spawn(async move {
                 let failed = match incoming.complete().await {
-                    Ok(connection) => serve(connection, &shared).await.err().map(|error| error.to_string()),
+                    Ok(connection) => serve(connection, &shared)
+                        .await
+                        .err()
+                        .map(|error| error.to_string()),
                     Err(error) => Some(error.to_string()),
                 };
                 if let Some(error) = failed {

@@ -21,7 +21,8 @@ use crate::page::PageSize;
 use crate::session::{PageCounts, Source, SourceCommand, SourceConfig};
 use crate::ticket::{Role, Ticket, proof};
 use crate::transport::{
-    self, BulkSender, CloseCode, Connection, ControlReceiver, ControlSender, Identity, TransportError,
+    self, BulkSender, CloseCode, Connection, ControlReceiver, ControlSender, Identity,
+    TransportError,
 };
 use crate::wire::{Failure, Message, Op, Published, SegmentAt, limits};
 
@@ -95,8 +96,12 @@ pub struct SendReport {
 #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
 pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
     let begun = Instant::now();
-    let (directory, name, base, page_size) =
-        (options.directory.clone(), options.name.clone(), options.base.clone(), options.page_size);
+    let (directory, name, base, page_size) = (
+        options.directory.clone(),
+        options.name.clone(),
+        options.base.clone(),
+        options.page_size,
+    );
     let planning = spawn_blocking(move || plan(&directory, name, base, page_size));
     let (sets, plans) = planning.await.expect("planning does not panic")?;
     let connection = connect(&options).await?;
@@ -109,7 +114,11 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
         }
         Target::Pinned { .. } => (None, None),
     };
-    let config = SourceConfig { software: software(), ticket_proof: own, expected_proof: expected };
+    let config = SourceConfig {
+        software: software(),
+        ticket_proof: own,
+        expected_proof: expected,
+    };
     let source = Source::new(config, plans, Instant::now());
     let (control, messages) = connection.open_control().await?;
     let mut driver = Driver::new(&connection, source, sets, control, &options).await?;
@@ -124,7 +133,9 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
         }
         Err(error) => {
             let error = driver.give_up(error).await;
-            connection.close_and_tell(error.close_code(), &error.to_string()).await;
+            connection
+                .close_and_tell(error.close_code(), &error.to_string())
+                .await;
             Err(error)
         }
     }
@@ -183,10 +194,19 @@ impl<'a> Driver<'a> {
         let (frames, jobs) = mpsc::unbounded_channel();
         let sets = Arc::new(sets);
         let jobs = Arc::new(tokio::sync::Mutex::new(jobs));
-        let packer = Arc::new(Packer::new(sets.clone(), connection.clone(), options.bytes_per_s));
+        let packer = Arc::new(Packer::new(
+            sets.clone(),
+            connection.clone(),
+            options.bytes_per_s,
+        ));
         for _ in 0..BULK_STREAMS {
             let stream = connection.open_bulk().await?;
-            tokio::spawn(send_frames(stream, jobs.clone(), packer.clone(), input.clone()));
+            tokio::spawn(send_frames(
+                stream,
+                jobs.clone(),
+                packer.clone(),
+                input.clone(),
+            ));
         }
         Ok(Self {
             connection,
@@ -242,14 +262,22 @@ impl<'a> Driver<'a> {
         }
     }
 
-    async fn carry_out(&mut self, command: SourceCommand) -> Result<Option<Vec<Published>>, TransferError> {
+    async fn carry_out(
+        &mut self,
+        command: SourceCommand,
+    ) -> Result<Option<Vec<Published>>, TransferError> {
         match command {
             SourceCommand::Send(message) => self.send_message(message).await?,
             SourceCommand::Scan(at) => self.scan(at),
             SourceCommand::SendFrame(at, ops) => {
                 let bytes = self.kept.take(at);
                 // Fails only when the senders have failed, which an input says.
-                let _ = self.frames.send(FrameJob { number: at.set, at: self.in_plan(at), ops, bytes });
+                let _ = self.frames.send(FrameJob {
+                    number: at.set,
+                    at: self.in_plan(at),
+                    ops,
+                    bytes,
+                });
             }
             SourceCommand::Finish(published) => return Ok(Some(published)),
         }
@@ -273,7 +301,9 @@ impl<'a> Driver<'a> {
             }
             Message::EndSet { set, .. } => {
                 let (sets, index) = (self.sets.clone(), self.skipped + *set as usize - 1);
-                spawn_blocking(move || sets[index].check_unchanged()).await.expect("listing does not panic")?;
+                spawn_blocking(move || sets[index].check_unchanged())
+                    .await
+                    .expect("listing does not panic")?;
                 self.events.emit(Event::Storing);
             }
             _ => {}
@@ -295,7 +325,10 @@ impl<'a> Driver<'a> {
     // The same segment with the index of its set in the plan for the session's number.
     fn in_plan(&self, at: SegmentAt) -> SegmentAt {
         let index = self.skipped + at.set as usize - 1;
-        SegmentAt { set: u32::try_from(index).expect("sets are limited"), ..at }
+        SegmentAt {
+            set: u32::try_from(index).expect("sets are limited"),
+            ..at
+        }
     }
 
     fn progress(&mut self, at: SegmentAt) {
@@ -312,8 +345,14 @@ impl<'a> Driver<'a> {
     }
 
     fn report(&self, mut published: Vec<Published>) -> SendReport {
-        let last = published.pop().expect("a session publishes at least one set");
-        let files = || self.sent_sets.iter().flat_map(|&index| &self.sets[index].files);
+        let last = published
+            .pop()
+            .expect("a session publishes at least one set");
+        let files = || {
+            self.sent_sets
+                .iter()
+                .flat_map(|&index| &self.sets[index].files)
+        };
         SendReport {
             published: last,
             ancestors: published.len(),
@@ -329,7 +368,10 @@ impl<'a> Driver<'a> {
     // Tells the destination, or finds out what it told us while we were writing.
     async fn give_up(&mut self, error: TransferError) -> TransferError {
         if let Some(failure) = error.to_failure() {
-            let _ = self.control.write_message(&Message::Failure(failure).encode()).await;
+            let _ = self
+                .control
+                .write_message(&Message::Failure(failure).encode())
+                .await;
             let _ = self.control.finish();
             return error;
         }
@@ -380,7 +422,9 @@ async fn send_frames(
     input: mpsc::UnboundedSender<Input>,
 ) {
     loop {
-        let Some(job) = jobs.lock().await.recv().await else { return };
+        let Some(job) = jobs.lock().await.recv().await else {
+            return;
+        };
         let result = send_frame(&mut stream, job, &packer).await;
         let failed = result.is_err();
         let next = match result {
@@ -393,10 +437,18 @@ async fn send_frames(
     }
 }
 
-async fn send_frame(stream: &mut BulkSender, job: FrameJob, packer: &Arc<Packer>) -> Result<u64, TransferError> {
+async fn send_frame(
+    stream: &mut BulkSender,
+    job: FrameJob,
+    packer: &Arc<Packer>,
+) -> Result<u64, TransferError> {
     let packing = packer.clone();
     let pack = spawn_blocking(move || packing.pack(job.at, job.number, &job.ops, job.bytes));
-    let Packed { mut parts, compressed_pages, wire_len } = pack.await.expect("packing does not panic")?;
+    let Packed {
+        mut parts,
+        compressed_pages,
+        wire_len,
+    } = pack.await.expect("packing does not panic")?;
     packer.wait_for_rate().await;
     let begun = packer.clock();
     stream.write_parts(&mut parts).await?;
@@ -418,7 +470,9 @@ impl Kept {
         self.bytes.insert(at, bytes);
         self.order.push_back(at);
         while self.total > KEPT_BYTES {
-            let Some(oldest) = self.order.pop_front() else { break };
+            let Some(oldest) = self.order.pop_front() else {
+                break;
+            };
             self.take(oldest);
         }
     }
@@ -429,4 +483,3 @@ impl Kept {
         Some(bytes)
     }
 }
-

@@ -131,7 +131,6 @@ pub async fn connect(
     let mut race = Race {
         running: JoinSet::new(),
         failed: Vec::new(),
-        over: 0,
     };
     for (place, address) in addresses.iter().enumerate() {
         let refused = Refused::default();
@@ -157,7 +156,6 @@ type Outcome = (usize, SocketAddr, Result<Connection, AttemptError>);
 struct Race {
     running: JoinSet<Outcome>,
     failed: Vec<(usize, Attempt)>,
-    over: usize,
 }
 
 impl Race {
@@ -196,7 +194,6 @@ impl Race {
                 Ok(connection) => return Some(connection),
                 Err(error) => self.failed.push((place, Attempt { address, error })),
             }
-            self.over += 1;
             if more {
                 return None;
             }

@@ -28,7 +28,7 @@ pub struct Options {
     /// Default: CUBIC.
     pub congestion_control: CongestionControl,
     /// UDP segmentation offload (GSO). Default on; off helps only where a driver breaks it, and
-    /// costs about half of the throughput with 1,472-byte packets.
+    /// more than doubles the processor time with 1,472-byte packets.
     pub segmentation_offload: bool,
     /// Largest UDP payload to try, in bytes, 1200 to 65,000; with segmentation offload at most
     /// 6,500. The path's own limit is found by probing. Default 6,500.
@@ -39,10 +39,13 @@ pub struct Options {
     pub receive_window: u32,
     /// Bytes that we keep until the peer has them. Default 16 MiB, resident while sending.
     pub send_window: u32,
-    /// Kernel buffer of the socket in each direction, in bytes. Default 4 MiB; what the system's
-    /// limit (`net.core.rmem_max`) does not allow is left out silently.
+    /// Kernel buffer of the socket in each direction, in bytes. Default 16 MiB, the receive window:
+    /// then no packet is dropped in the receiving host while its program writes to a file or waits
+    /// for a processor. What the system's limit (`net.core.rmem_max`) does not allow is left out
+    /// silently, except for root, who may pass it.
     pub socket_buffer: usize,
-    /// Packets after which the peer acknowledges. Default 10 (QUIC's own is 2).
+    /// Packets after which the peer acknowledges. Default 10 (QUIC's own is 2): no difference in
+    /// bytes or time was seen between hosts that receive in batches anyway.
     pub packets_per_ack: u32,
     /// Silence after which a connection counts as lost. Default 30 s; keep-alives are sent after a
     /// sixth of it, so a long freeze or restore does not end a connection.
@@ -57,7 +60,7 @@ impl Default for Options {
             max_packet_bytes: MAX_PACKET_OFFLOAD,
             receive_window: 16 << 20,
             send_window: 16 << 20,
-            socket_buffer: 4 << 20,
+            socket_buffer: 16 << 20,
             packets_per_ack: 10,
             idle_timeout: Duration::from_secs(30),
         }
@@ -71,7 +74,8 @@ pub enum CongestionControl {
     #[default]
     Cubic,
     /// BBR (version 1, experimental in quinn): estimates the rate; for paths that lose packets
-    /// without being full, such as Wi-Fi.
+    /// without being full, such as Wi-Fi. On a full 1 Gb/s link 13 % slower than TCP, and a
+    /// quarter and more of what it sends is lost there.
     Bbr,
     /// RFC 9002's own: slower to regain speed than CUBIC.
     NewReno,

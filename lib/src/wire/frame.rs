@@ -39,7 +39,9 @@ impl Op {
     /// How many blocks it stands for.
     pub fn blocks(&self) -> u32 {
         match *self {
-            Self::Literal(count) | Self::Zero(count) | Self::Same(count, _) | Self::Held(count) => count,
+            Self::Literal(count) | Self::Zero(count) | Self::Same(count, _) | Self::Held(count) => {
+                count
+            }
         }
     }
 
@@ -108,7 +110,8 @@ impl FrameHeader {
 
     /// Reads a header; every length is within [`limits`] afterwards.
     pub fn decode(bytes: &[u8; HEADER_LEN]) -> Result<Self, FrameError> {
-        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        let word =
+            |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
         let header = Self {
             set: word(0),
             file: word(4),
@@ -134,9 +137,13 @@ impl FrameHeader {
             return Err(FrameError::Field("length"));
         }
         match self.codec {
-            Codec::Raw if self.payload_len != self.raw_len => Err(FrameError::Field("payload length")),
+            Codec::Raw if self.payload_len != self.raw_len => {
+                Err(FrameError::Field("payload length"))
+            }
             // A compressed frame that is not smaller is never sent.
-            Codec::Zstd if self.payload_len >= self.raw_len => Err(FrameError::Field("payload length")),
+            Codec::Zstd if self.payload_len >= self.raw_len => {
+                Err(FrameError::Field("payload length"))
+            }
             _ => Ok(()),
         }
     }
@@ -194,8 +201,13 @@ fn decode_op(bytes: &[u8]) -> Result<(Op, usize), FrameError> {
         2 => (Op::Zero(blocks), PLAIN_LEN),
         3 => {
             let block = u64::from(word(12)?) | u64::from(word(16)?) << 32;
-            let from = BlockRef { file: word(8)?, block };
-            if from.file >= limits::FILES || from.block + u64::from(blocks) > limits::BLOCKS_PER_FILE {
+            let from = BlockRef {
+                file: word(8)?,
+                block,
+            };
+            if from.file >= limits::FILES
+                || from.block + u64::from(blocks) > limits::BLOCKS_PER_FILE
+            {
                 return Err(FrameError::Field("reference"));
             }
             (Op::Same(blocks, from), SAME_LEN)
@@ -231,13 +243,34 @@ mod tests {
 
     #[test]
     fn impossible_headers_are_refused() {
-        let good = FrameHeader { set: 1, file: 0, segment: 0, codec: Codec::Raw, ops_len: 8, raw_len: 4096, payload_len: 4096 };
+        let good = FrameHeader {
+            set: 1,
+            file: 0,
+            segment: 0,
+            codec: Codec::Raw,
+            ops_len: 8,
+            raw_len: 4096,
+            payload_len: 4096,
+        };
         for bad in [
             FrameHeader { ops_len: 0, ..good },
-            FrameHeader { ops_len: 257 * 20, ..good },
-            FrameHeader { raw_len: limits::FRAME_BYTES + 1, payload_len: limits::FRAME_BYTES + 1, ..good },
-            FrameHeader { payload_len: 4095, ..good },
-            FrameHeader { codec: Codec::Zstd, ..good },
+            FrameHeader {
+                ops_len: 257 * 20,
+                ..good
+            },
+            FrameHeader {
+                raw_len: limits::FRAME_BYTES + 1,
+                payload_len: limits::FRAME_BYTES + 1,
+                ..good
+            },
+            FrameHeader {
+                payload_len: 4095,
+                ..good
+            },
+            FrameHeader {
+                codec: Codec::Zstd,
+                ..good
+            },
         ] {
             assert!(FrameHeader::decode(&bad.encode()).is_err(), "{bad:?}");
         }
@@ -245,17 +278,40 @@ mod tests {
 
     #[test]
     fn ops_come_back() {
-        let ops = [Op::Literal(3), Op::Zero(1), Op::Same(2, BlockRef { file: 7, block: 1 << 29 }), Op::Held(5)];
+        let ops = [
+            Op::Literal(3),
+            Op::Zero(1),
+            Op::Same(
+                2,
+                BlockRef {
+                    file: 7,
+                    block: 1 << 29,
+                },
+            ),
+            Op::Held(5),
+        ];
         let bytes = encode_ops(&ops);
         assert_eq!(decode_ops(&bytes), Ok(ops.to_vec()));
-        assert_eq!(decode_ops(&bytes[..bytes.len() - 1]), Err(FrameError::Short));
+        assert_eq!(
+            decode_ops(&bytes[..bytes.len() - 1]),
+            Err(FrameError::Short)
+        );
     }
 
     #[test]
     fn neighbouring_blocks_become_one_op() {
         let mut ops = Vec::new();
         for block in 0..3 {
-            Op::push(&mut ops, Op::Same(1, BlockRef { file: 1, block: 10 + block }));
+            Op::push(
+                &mut ops,
+                Op::Same(
+                    1,
+                    BlockRef {
+                        file: 1,
+                        block: 10 + block,
+                    },
+                ),
+            );
         }
         Op::push(&mut ops, Op::Same(1, BlockRef { file: 1, block: 20 }));
         Op::push(&mut ops, Op::Zero(1));

@@ -205,7 +205,10 @@ pub struct Failure {
 impl Failure {
     /// A failure with a reason cut to what the wire carries.
     pub fn new(code: FailureCode, reason: impl Into<String>) -> Self {
-        Self { code, reason: cut(&reason.into()) }
+        Self {
+            code,
+            reason: cut(&reason.into()),
+        }
     }
 }
 
@@ -271,7 +274,10 @@ pub enum Message {
 impl Message {
     /// The message as it stands on the wire, without its length.
     pub fn encode(&self) -> Vec<u8> {
-        v1::Control { body: Some(self.to_body()) }.encode_to_vec()
+        v1::Control {
+            body: Some(self.to_body()),
+        }
+        .encode_to_vec()
     }
 
     fn to_body(&self) -> v1::control::Body {
@@ -290,20 +296,37 @@ impl Message {
                 layout: welcome.layout.number(),
                 max_set_bytes: welcome.max_set_bytes.unwrap_or(0),
             }),
-            Self::QueryHeld(roots) => Body::QueryHeld(v1::QueryHeld { roots: digests_out(roots) }),
+            Self::QueryHeld(roots) => Body::QueryHeld(v1::QueryHeld {
+                roots: digests_out(roots),
+            }),
             Self::Held(held) => Body::Held(v1::Held { held: held.clone() }),
             Self::BeginSet(begin) => Body::BeginSet(begin.to_proto()),
-            Self::Files { set, files } => {
-                Body::Files(v1::Files { set: *set, files: files.iter().map(file_out).collect() })
-            }
-            Self::SetReady { set, lacks_everything } => {
-                Body::SetReady(v1::SetReady { set: *set, lacks_everything: *lacks_everything })
-            }
+            Self::Files { set, files } => Body::Files(v1::Files {
+                set: *set,
+                files: files.iter().map(file_out).collect(),
+            }),
+            Self::SetReady {
+                set,
+                lacks_everything,
+            } => Body::SetReady(v1::SetReady {
+                set: *set,
+                lacks_everything: *lacks_everything,
+            }),
             &Self::SegmentDigest(SegmentAt { set, file, segment }, digest) => {
-                Body::SegmentDigest(v1::SegmentDigest { set, file, segment, digest: digest.0.to_vec() })
+                Body::SegmentDigest(v1::SegmentDigest {
+                    set,
+                    file,
+                    segment,
+                    digest: digest.0.to_vec(),
+                })
             }
             &Self::SegmentState(SegmentAt { set, file, segment }, held) => {
-                Body::SegmentState(v1::SegmentState { set, file, segment, held })
+                Body::SegmentState(v1::SegmentState {
+                    set,
+                    file,
+                    segment,
+                    held,
+                })
             }
             Self::BlockIds(at, ids) => Body::BlockIds(v1::BlockIds {
                 set: at.set,
@@ -317,12 +340,15 @@ impl Message {
                 segment: at.segment,
                 bitmap: bitmap_out(lacking),
             }),
-            Self::FileDigests { set, digests } => {
-                Body::FileDigests(v1::FileDigests { set: *set, digests: digests_out(digests) })
-            }
-            Self::EndSet { set, root, frames } => {
-                Body::EndSet(v1::EndSet { set: *set, root: root.0.to_vec(), frames: *frames })
-            }
+            Self::FileDigests { set, digests } => Body::FileDigests(v1::FileDigests {
+                set: *set,
+                digests: digests_out(digests),
+            }),
+            Self::EndSet { set, root, frames } => Body::EndSet(v1::EndSet {
+                set: *set,
+                root: root.0.to_vec(),
+                frames: *frames,
+            }),
             Self::Working => Body::Working(v1::Working {}),
             Self::Published(published) => Body::Published(published.to_proto()),
             Self::Failure(failure) => Body::Failure(v1::Failure {
@@ -335,58 +361,99 @@ impl Message {
     /// Reads a message; everything in it is within [`limits`] afterwards.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         use v1::control::Body;
-        Ok(match v1::Control::decode(bytes)?.body.ok_or(WireError::Unknown)? {
-            Body::Hello(hello) => Self::Hello(Hello {
-                versions: (hello.version_min, hello.version_max),
-                software: text(hello.software)?,
-                ticket_proof: optional_32(&hello.ticket_proof, "ticket proof")?,
-            }),
-            Body::Welcome(welcome) => Self::Welcome(Welcome {
-                version: welcome.version,
-                software: text(welcome.software)?,
-                ticket_proof: optional_32(&welcome.ticket_proof, "ticket proof")?,
-                layout: Layout::from_number(welcome.layout)?,
-                max_set_bytes: Some(welcome.max_set_bytes).filter(|&bytes| bytes != 0),
-            }),
-            Body::QueryHeld(query) => Self::QueryHeld(digests_in(&query.roots, limits::CHAIN + 1)?),
-            Body::Held(held) if held.held.len() <= limits::CHAIN + 1 => Self::Held(held.held),
-            Body::Held(_) => return Err(WireError::Field("number of answers")),
-            Body::BeginSet(begin) => Self::BeginSet(BeginSet::from_proto(begin)?),
-            Body::Files(files) => {
-                if files.files.is_empty() || files.files.len() > limits::FILES_PER_MESSAGE {
-                    return Err(WireError::Field("number of files"));
+        Ok(
+            match v1::Control::decode(bytes)?.body.ok_or(WireError::Unknown)? {
+                Body::Hello(hello) => Self::Hello(Hello {
+                    versions: (hello.version_min, hello.version_max),
+                    software: text(hello.software)?,
+                    ticket_proof: optional_32(&hello.ticket_proof, "ticket proof")?,
+                }),
+                Body::Welcome(welcome) => Self::Welcome(Welcome {
+                    version: welcome.version,
+                    software: text(welcome.software)?,
+                    ticket_proof: optional_32(&welcome.ticket_proof, "ticket proof")?,
+                    layout: Layout::from_number(welcome.layout)?,
+                    max_set_bytes: Some(welcome.max_set_bytes).filter(|&bytes| bytes != 0),
+                }),
+                Body::QueryHeld(query) => {
+                    Self::QueryHeld(digests_in(&query.roots, limits::CHAIN + 1)?)
                 }
-                Self::Files { set: files.set, files: files.files.into_iter().map(file_in).collect::<Result<_, _>>()? }
-            }
-            Body::SetReady(ready) => Self::SetReady { set: ready.set, lacks_everything: ready.lacks_everything },
-            Body::SegmentDigest(m) => Self::SegmentDigest(
-                SegmentAt { set: m.set, file: m.file, segment: m.segment },
-                digest_in(&m.digest)?,
-            ),
-            Body::SegmentState(m) => {
-                Self::SegmentState(SegmentAt { set: m.set, file: m.file, segment: m.segment }, m.held)
-            }
-            Body::BlockIds(m) => {
-                Self::BlockIds(SegmentAt { set: m.set, file: m.file, segment: m.segment }, ids_in(&m.ids)?)
-            }
-            Body::Lacking(m) => {
-                Self::Lacking(SegmentAt { set: m.set, file: m.file, segment: m.segment }, bitmap_in(&m.bitmap)?)
-            }
-            Body::FileDigests(m) => {
-                Self::FileDigests { set: m.set, digests: digests_in(&m.digests, limits::DIGESTS_PER_MESSAGE)? }
-            }
-            Body::EndSet(end) => Self::EndSet { set: end.set, root: digest_in(&end.root)?, frames: end.frames },
-            Body::Working(v1::Working {}) => Self::Working,
-            Body::Published(published) => Self::Published(Published::from_proto(published)?),
-            Body::Failure(failure) => Self::Failure(Failure::from_proto(&failure)),
-        })
+                Body::Held(held) if held.held.len() <= limits::CHAIN + 1 => Self::Held(held.held),
+                Body::Held(_) => return Err(WireError::Field("number of answers")),
+                Body::BeginSet(begin) => Self::BeginSet(BeginSet::from_proto(begin)?),
+                Body::Files(files) => {
+                    if files.files.is_empty() || files.files.len() > limits::FILES_PER_MESSAGE {
+                        return Err(WireError::Field("number of files"));
+                    }
+                    Self::Files {
+                        set: files.set,
+                        files: files
+                            .files
+                            .into_iter()
+                            .map(file_in)
+                            .collect::<Result<_, _>>()?,
+                    }
+                }
+                Body::SetReady(ready) => Self::SetReady {
+                    set: ready.set,
+                    lacks_everything: ready.lacks_everything,
+                },
+                Body::SegmentDigest(m) => Self::SegmentDigest(
+                    SegmentAt {
+                        set: m.set,
+                        file: m.file,
+                        segment: m.segment,
+                    },
+                    digest_in(&m.digest)?,
+                ),
+                Body::SegmentState(m) => Self::SegmentState(
+                    SegmentAt {
+                        set: m.set,
+                        file: m.file,
+                        segment: m.segment,
+                    },
+                    m.held,
+                ),
+                Body::BlockIds(m) => Self::BlockIds(
+                    SegmentAt {
+                        set: m.set,
+                        file: m.file,
+                        segment: m.segment,
+                    },
+                    ids_in(&m.ids)?,
+                ),
+                Body::Lacking(m) => Self::Lacking(
+                    SegmentAt {
+                        set: m.set,
+                        file: m.file,
+                        segment: m.segment,
+                    },
+                    bitmap_in(&m.bitmap)?,
+                ),
+                Body::FileDigests(m) => Self::FileDigests {
+                    set: m.set,
+                    digests: digests_in(&m.digests, limits::DIGESTS_PER_MESSAGE)?,
+                },
+                Body::EndSet(end) => Self::EndSet {
+                    set: end.set,
+                    root: digest_in(&end.root)?,
+                    frames: end.frames,
+                },
+                Body::Working(v1::Working {}) => Self::Working,
+                Body::Published(published) => Self::Published(Published::from_proto(published)?),
+                Body::Failure(failure) => Self::Failure(Failure::from_proto(&failure)),
+            },
+        )
     }
 }
 
 impl BeginSet {
     fn to_proto(&self) -> v1::BeginSet {
-        let (parent_root, parent_link) =
-            self.parent.as_ref().map(|(root, link)| (root.0.to_vec(), link.clone())).unwrap_or_default();
+        let (parent_root, parent_link) = self
+            .parent
+            .as_ref()
+            .map(|(root, link)| (root.0.to_vec(), link.clone()))
+            .unwrap_or_default();
         v1::BeginSet {
             set: self.set,
             name: self.name.to_string(),
@@ -397,7 +464,11 @@ impl BeginSet {
             total_bytes: self.total_bytes,
             parent_root,
             parent_link,
-            base_name: self.base_name.as_ref().map(ToString::to_string).unwrap_or_default(),
+            base_name: self
+                .base_name
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
         }
     }
 
@@ -419,7 +490,10 @@ impl BeginSet {
             file_count: begin.file_count,
             total_bytes: begin.total_bytes,
             parent: parent.map(|root| (Digest(root), link)),
-            base_name: Some(begin.base_name).filter(|name| !name.is_empty()).map(SetName::new).transpose()?,
+            base_name: Some(begin.base_name)
+                .filter(|name| !name.is_empty())
+                .map(SetName::new)
+                .transpose()?,
         })
     }
 }
@@ -447,7 +521,12 @@ impl Published {
             base: Some(text(published.base)?).filter(|base| !base.is_empty()),
             completeness: text(published.completeness)?,
             unchanged: published.unchanged,
-            notes: published.notes.into_iter().take(64).map(text).collect::<Result<_, _>>()?,
+            notes: published
+                .notes
+                .into_iter()
+                .take(64)
+                .map(text)
+                .collect::<Result<_, _>>()?,
         })
     }
 }
@@ -461,15 +540,31 @@ impl Failure {
     // A code of a later version is still a failure: it reads as the peer's internal one.
     fn from_proto(failure: &v1::Failure) -> Self {
         let code = v1::FailureCode::try_from(failure.code).ok();
-        let found = FAILURE_CODES.iter().find(|(_, theirs)| Some(*theirs) == code);
-        let printable: String = failure.reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        Self { code: found.map_or(FailureCode::Internal, |(ours, _)| *ours), reason: cut(&printable) }
+        let found = FAILURE_CODES
+            .iter()
+            .find(|(_, theirs)| Some(*theirs) == code);
+        let printable: String = failure
+            .reason
+            .chars()
+            .map(|c| if c.is_control() { ' ' } else { c })
+            .collect();
+        Self {
+            code: found.map_or(FailureCode::Internal, |(ours, _)| *ours),
+            reason: cut(&printable),
+        }
     }
 }
 
 fn cut(text: &str) -> String {
-    let end = text.char_indices().map(|(at, _)| at).take_while(|&at| at < limits::TEXT).last();
-    text[..end.map_or(0, |at| at + text[at..].chars().next().map_or(0, char::len_utf8))].to_owned()
+    let end = text
+        .char_indices()
+        .map(|(at, _)| at)
+        .take_while(|&at| at < limits::TEXT)
+        .last();
+    text[..end.map_or(0, |at| {
+        at + text[at..].chars().next().map_or(0, char::len_utf8)
+    })]
+        .to_owned()
 }
 
 // A text for humans ends on terminals: control characters would let the peer write there.
@@ -491,10 +586,14 @@ fn file_out(file: &FileMeta) -> v1::File {
 
 fn file_in(file: v1::File) -> Result<FileMeta, WireError> {
     let block_len = file.block_len;
-    if !block_len.is_power_of_two() || !(limits::MIN_BLOCK_LEN..=limits::BLOCK_LEN).contains(&block_len) {
+    if !block_len.is_power_of_two()
+        || !(limits::MIN_BLOCK_LEN..=limits::BLOCK_LEN).contains(&block_len)
+    {
         return Err(WireError::Field("block length"));
     }
-    let mode = u16::try_from(file.mode).ok().filter(|mode| mode & !0o777 == 0);
+    let mode = u16::try_from(file.mode)
+        .ok()
+        .filter(|mode| mode & !0o777 == 0);
     let meta = FileMeta {
         name: FileName::new(file.name)?,
         mode: mode.ok_or(WireError::Field("mode"))?,
@@ -508,13 +607,19 @@ fn file_in(file: v1::File) -> Result<FileMeta, WireError> {
 }
 
 fn digest_in(bytes: &[u8]) -> Result<Digest, WireError> {
-    bytes.try_into().map(Digest).map_err(|_| WireError::Field("digest"))
+    bytes
+        .try_into()
+        .map(Digest)
+        .map_err(|_| WireError::Field("digest"))
 }
 
 fn optional_32(bytes: &[u8], what: &'static str) -> Result<Option<[u8; 32]>, WireError> {
     match bytes {
         [] => Ok(None),
-        _ => bytes.try_into().map(Some).map_err(|_| WireError::Field(what)),
+        _ => bytes
+            .try_into()
+            .map(Some)
+            .map_err(|_| WireError::Field(what)),
     }
 }
 
@@ -539,14 +644,23 @@ fn ids_in(bytes: &[u8]) -> Result<Vec<BlockId>, WireError> {
 
 // One bit a block; the receiver knows how many of the last byte's bits count.
 fn bitmap_out(bits: &[bool]) -> Vec<u8> {
-    bits.chunks(8).map(|bits| bits.iter().rev().fold(0, |byte, &bit| byte << 1 | u8::from(bit))).collect()
+    bits.chunks(8)
+        .map(|bits| {
+            bits.iter()
+                .rev()
+                .fold(0, |byte, &bit| byte << 1 | u8::from(bit))
+        })
+        .collect()
 }
 
 fn bitmap_in(bytes: &[u8]) -> Result<Vec<bool>, WireError> {
     if bytes.len() > limits::SEGMENT_BLOCKS / 8 {
         return Err(WireError::Field("bitmap"));
     }
-    Ok(bytes.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1 == 1)).collect())
+    Ok(bytes
+        .iter()
+        .flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1 == 1))
+        .collect())
 }
 
 #[cfg(test)]
@@ -554,9 +668,17 @@ mod tests {
     use super::*;
 
     fn samples() -> Vec<Message> {
-        let at = SegmentAt { set: 1, file: 2, segment: 3 };
+        let at = SegmentAt {
+            set: 1,
+            file: 2,
+            segment: 3,
+        };
         vec![
-            Message::Hello(Hello { versions: (1, 2), software: "crxfer".into(), ticket_proof: Some([7; 32]) }),
+            Message::Hello(Hello {
+                versions: (1, 2),
+                software: "crxfer".into(),
+                ticket_proof: Some([7; 32]),
+            }),
             Message::Welcome(Welcome {
                 version: 1,
                 software: "crxfer".into(),
@@ -579,15 +701,33 @@ mod tests {
             }),
             Message::Files {
                 set: 1,
-                files: vec![FileMeta { name: FileName::new("core-1.img").unwrap(), mode: 0o644, size: 5, block_len: 65536 }],
+                files: vec![FileMeta {
+                    name: FileName::new("core-1.img").unwrap(),
+                    mode: 0o644,
+                    size: 5,
+                    block_len: 65536,
+                }],
             },
-            Message::SetReady { set: 1, lacks_everything: true },
+            Message::SetReady {
+                set: 1,
+                lacks_everything: true,
+            },
             Message::SegmentDigest(at, Digest([3; 32])),
             Message::SegmentState(at, true),
             Message::BlockIds(at, vec![BlockId([4; 16]); 3]),
-            Message::Lacking(at, [true, false, true, true, false, false, false, true].repeat(2)),
-            Message::FileDigests { set: 1, digests: vec![Digest([6; 32])] },
-            Message::EndSet { set: 1, root: Digest([5; 32]), frames: 9 },
+            Message::Lacking(
+                at,
+                [true, false, true, true, false, false, false, true].repeat(2),
+            ),
+            Message::FileDigests {
+                set: 1,
+                digests: vec![Digest([6; 32])],
+            },
+            Message::EndSet {
+                set: 1,
+                root: Digest([5; 32]),
+                frames: 9,
+            },
             Message::Working,
             Message::Published(Published {
                 set: 1,
@@ -612,17 +752,35 @@ mod tests {
 
     #[test]
     fn a_message_has_the_documented_bytes() {
-        let at = SegmentAt { set: 1, file: 2, segment: 3 };
-        let message = Message::Lacking(at, vec![true, false, true, false, false, false, false, false]);
+        let at = SegmentAt {
+            set: 1,
+            file: 2,
+            segment: 3,
+        };
+        let message = Message::Lacking(
+            at,
+            vec![true, false, true, false, false, false, false, false],
+        );
         // Control { lacking(11): { set 1, file 2, segment 3, bitmap [5] } }
-        assert_eq!(message.encode(), [0x5a, 9, 0x08, 1, 0x10, 2, 0x18, 3, 0x22, 1, 5]);
+        assert_eq!(
+            message.encode(),
+            [0x5a, 9, 0x08, 1, 0x10, 2, 0x18, 3, 0x22, 1, 5]
+        );
     }
 
     #[test]
     fn what_a_peer_must_not_say_is_refused() {
         let file = |name: &str, mode, size, block_len| {
-            let file = v1::File { name: name.into(), mode, size, block_len };
-            let body = v1::control::Body::Files(v1::Files { set: 1, files: vec![file] });
+            let file = v1::File {
+                name: name.into(),
+                mode,
+                size,
+                block_len,
+            };
+            let body = v1::control::Body::Files(v1::Files {
+                set: 1,
+                files: vec![file],
+            });
             Message::decode(&v1::Control { body: Some(body) }.encode_to_vec())
         };
         assert!(file("core-1.img", 0o644, 5, 65536).is_ok());
@@ -644,8 +802,17 @@ mod tests {
     fn reasons_are_cut_and_cleaned() {
         let failure = Failure::new(FailureCode::Internal, "é".repeat(limits::TEXT));
         assert!(failure.reason.len() <= limits::TEXT + 4);
-        let body = v1::control::Body::Failure(v1::Failure { code: 99, reason: "\x1b[2Jgone".into() });
+        let body = v1::control::Body::Failure(v1::Failure {
+            code: 99,
+            reason: "\x1b[2Jgone".into(),
+        });
         let decoded = Message::decode(&v1::Control { body: Some(body) }.encode_to_vec());
-        assert_eq!(decoded, Ok(Message::Failure(Failure { code: FailureCode::Internal, reason: " [2Jgone".into() })));
+        assert_eq!(
+            decoded,
+            Ok(Message::Failure(Failure {
+                code: FailureCode::Internal,
+                reason: " [2Jgone".into()
+            }))
+        );
     }
 }

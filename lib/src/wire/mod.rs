@@ -8,7 +8,8 @@ mod message;
 
 pub use frame::{Codec, FrameError, FrameHeader, HEADER_LEN, Op, decode_ops, encode_ops};
 pub use message::{
-    BeginSet, Failure, FailureCode, Hello, Layout, Message, Published, SegmentAt, Welcome, WireError,
+    BeginSet, Failure, FailureCode, Hello, Layout, Message, Published, SegmentAt, Welcome,
+    WireError,
 };
 
 use crate::digest::Digest;

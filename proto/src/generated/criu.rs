@@ -80,18 +80,9 @@ pub struct MemfdInodeEntry {
     #[prost(uint32, optional, tag = "5")]
     pub shmid: ::core::option::Option<u32>,
 }
-/// mm-PID.img.
-#[derive(Clone, PartialEq, ::prost::Message)]
-pub struct MmEntry {
-    #[prost(message, repeated, tag = "14")]
-    pub vmas: ::prost::alloc::vec::Vec<VmaEntry>,
-}
+/// One mapping: field 14 of the only record of mm-PID.img.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct VmaEntry {
-    #[prost(uint64, optional, tag = "1")]
-    pub start: ::core::option::Option<u64>,
-    #[prost(uint64, optional, tag = "2")]
-    pub end: ::core::option::Option<u64>,
     #[prost(uint64, optional, tag = "4")]
     pub shmid: ::core::option::Option<u64>,
     #[prost(uint32, optional, tag = "7")]

@@ -327,21 +327,21 @@ mod tests {
     #[test]
     fn pack_sends_text_packed_and_noise_raw_on_a_slow_link() {
         let mut compressor = Compressor::new().unwrap();
-        let mut policy = CodecPolicy::new(1);
-        policy.assume_link(1e6);
+        let policy = Mutex::new(CodecPolicy::new(1));
+        policy.lock().unwrap().assume_link(1e6);
         let mut now = Duration::ZERO;
         let mut clock = || {
             now += Duration::from_micros(100);
             now
         };
         let text = text(200_000);
-        let packed = pack(&mut policy, &mut compressor, &text, &mut clock).unwrap();
+        let packed = pack(&policy, &mut compressor, &text, &mut clock).unwrap();
         assert!(packed.is_some_and(|packed| packed.len() < 20_000));
 
         let mut noise = vec![0; 200_000];
         blake3::Hasher::new().finalize_xof().fill(&mut noise);
         for len in [200_000, 4096] {
-            let packed = pack(&mut policy, &mut compressor, &noise[..len], &mut clock).unwrap();
+            let packed = pack(&policy, &mut compressor, &noise[..len], &mut clock).unwrap();
             assert!(packed.is_none(), "{len} bytes of noise");
         }
     }

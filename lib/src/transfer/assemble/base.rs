@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::Assembler;
 use super::memory::MemoryPages;
-use crate::image::{PagemapName, Pagemap};
+use crate::image::{Pagemap, PagemapName};
 use crate::store::{Record, StoreError};
 use crate::transfer::TransferError;
 use crate::transfer::chain::{PageDigests, StoredChain};
@@ -34,18 +34,27 @@ impl Assembler<'_> {
             return self.usable(&record);
         }
         if let Some(parent) = parent {
-            let record = self.store.records()?.into_iter().find(|record| record.id == parent.levels[0].id);
+            let record = self
+                .store
+                .records()?
+                .into_iter()
+                .find(|record| record.id == parent.levels[0].id);
             return record.map_or(Ok(None), |record| self.usable(&record));
         }
         self.most_alike(pagemaps)
     }
 
-    fn most_alike(&self, pagemaps: &BTreeMap<PagemapName, Pagemap>) -> Result<Option<StoredChain>, TransferError> {
+    fn most_alike(
+        &self,
+        pagemaps: &BTreeMap<PagemapName, Pagemap>,
+    ) -> Result<Option<StoredChain>, TransferError> {
         let pages: u64 = pagemaps.values().map(Pagemap::present_pages).sum();
         let mut best = None;
         let mut most = pages / LEAST_SHARE;
         for record in self.candidates()? {
-            let Some(chain) = self.usable(&record)? else { continue };
+            let Some(chain) = self.usable(&record)? else {
+                continue;
+            };
             let shared = self.shared_pages(pagemaps, &chain)?;
             if shared > most {
                 most = shared;
@@ -62,9 +71,12 @@ impl Assembler<'_> {
     // The set with the same name first, then the newest.
     fn candidates(&self) -> Result<Vec<Record>, TransferError> {
         let mut records = self.store.records()?;
-        records.retain(|record| record.peer == self.peer && record.page_size == self.job.manifest.page_size);
+        records.retain(|record| {
+            record.peer == self.peer && record.page_size == self.job.manifest.page_size
+        });
         records.reverse();
-        records.sort_by_key(|record| record.superseded || record.name != self.job.begin.name.as_str());
+        records
+            .sort_by_key(|record| record.superseded || record.name != self.job.begin.name.as_str());
         records.truncate(COMPARED);
         Ok(records)
     }
@@ -93,7 +105,9 @@ impl Assembler<'_> {
             let mut stored = PageDigests::new(chain, name, pagemap.page_size())?;
             for page in MemoryPages::new(self, name, pagemap, None)? {
                 let page = page?;
-                let same = page.digest.is_some_and(|digest| stored.at(page.vaddr) == Some(digest));
+                let same = page
+                    .digest
+                    .is_some_and(|digest| stored.at(page.vaddr) == Some(digest));
                 shared += u64::from(same);
             }
         }

@@ -26,20 +26,42 @@ pub(super) enum Origin {
     /// In a set that was held.
     Held { store: u16, at: BlockRef },
     /// In a stored set of a chain.
-    Stored { directory: Arc<Path>, name: Arc<str>, block: u64, set: u64 },
+    Stored {
+        directory: Arc<Path>,
+        name: Arc<str>,
+        block: u64,
+        set: u64,
+    },
 }
 
 impl Origin {
     /// Whether `next` lies `distance` blocks behind this one.
     fn continues(&self, next: &Self, distance: u64) -> bool {
-        let follows = |a: &BlockRef, b: &BlockRef| a.file == b.file && a.block + distance == b.block;
+        let follows =
+            |a: &BlockRef, b: &BlockRef| a.file == b.file && a.block + distance == b.block;
         match (self, next) {
             (Self::Zero, Self::Zero) => true,
             (Self::Staged(a), Self::Staged(b)) => follows(a, b),
-            (Self::Held { store, at }, Self::Held { store: other, at: next }) => store == other && follows(at, next),
             (
-                Self::Stored { directory, name, block, .. },
-                Self::Stored { directory: other, name: next_name, block: next, .. },
+                Self::Held { store, at },
+                Self::Held {
+                    store: other,
+                    at: next,
+                },
+            ) => store == other && follows(at, next),
+            (
+                Self::Stored {
+                    directory,
+                    name,
+                    block,
+                    ..
+                },
+                Self::Stored {
+                    directory: other,
+                    name: next_name,
+                    block: next,
+                    ..
+                },
             ) => Arc::ptr_eq(directory, other) && name == next_name && block + distance == *next,
             _ => false,
         }
@@ -64,10 +86,16 @@ impl Pieces {
     /// Block number `out` of the file that is written comes from `origin`.
     pub(super) fn push(&mut self, origin: Origin, out: u64) {
         match self.pieces.last_mut() {
-            Some(last) if last.out + last.count == out && last.origin.continues(&origin, last.count) => {
+            Some(last)
+                if last.out + last.count == out && last.origin.continues(&origin, last.count) =>
+            {
                 last.count += 1;
             }
-            _ => self.pieces.push(Piece { origin, out, count: 1 }),
+            _ => self.pieces.push(Piece {
+                origin,
+                out,
+                count: 1,
+            }),
         }
     }
 
@@ -90,25 +118,47 @@ pub(super) fn copy_pieces(
     pieces: Vec<Piece>,
     locate: impl Fn(Origin) -> Option<(PathBuf, u64, u64)> + Sync,
 ) -> Result<(), TransferError> {
-    let out = OpenOptions::new().write(true).open(path).tried("open", path)?;
+    let out = OpenOptions::new()
+        .write(true)
+        .open(path)
+        .tried("open", path)?;
     let open = OpenFiles::default();
     let most = (SEGMENT_BYTES / u64::from(meta.block_len)).max(1);
     let jobs: Vec<_> = pieces
         .iter()
-        .flat_map(|piece| (0..piece.count).step_by(usize::try_from(most).unwrap_or(1)).map(move |skip| (piece, skip)))
+        .flat_map(|piece| {
+            (0..piece.count)
+                .step_by(usize::try_from(most).unwrap_or(1))
+                .map(move |skip| (piece, skip))
+        })
         .collect();
     let copy = |&(piece, skip): &(&Piece, u64)| -> Result<(), TransferError> {
-        let Some((from, first, set)) = locate(piece.origin.clone()) else { return Ok(()) };
+        let Some((from, first, set)) = locate(piece.origin.clone()) else {
+            return Ok(());
+        };
         let count = most.min(piece.count - skip);
         let target = meta.bytes_of(&(piece.out + skip..piece.out + skip + count));
         let source_block = first + skip;
-        let damaged = |block| StoreError::Damaged { path: from.clone(), block, set };
-        let mut bytes = vec![0; usize::try_from(target.end - target.start).expect("a segment fits into memory")];
+        let damaged = |block| StoreError::Damaged {
+            path: from.clone(),
+            block,
+            set,
+        };
+        let mut bytes = vec![
+            0;
+            usize::try_from(target.end - target.start)
+                .expect("a segment fits into memory")
+        ];
         let read = open.get(&from).and_then(|file| {
             file.read_exact_at(&mut bytes, source_block * u64::from(meta.block_len))
         });
         match read {
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof
+                ) =>
+            {
                 return Err(damaged(source_block).into());
             }
             other => other.tried("read", &from)?,
@@ -116,10 +166,16 @@ pub(super) fn copy_pieces(
         let mut found = Vec::new();
         hash_blocks(&bytes, meta.block_len as usize, &mut found);
         let expected = (piece.out + skip..).map(&digest);
-        if let Some(wrong) = found.iter().zip(expected).position(|(found, expected)| *found != expected) {
+        if let Some(wrong) = found
+            .iter()
+            .zip(expected)
+            .position(|(found, expected)| *found != expected)
+        {
             return Err(damaged(source_block + wrong as u64).into());
         }
-        Ok(out.write_all_at(&bytes, target.start).tried("write", path)?)
+        Ok(out
+            .write_all_at(&bytes, target.start)
+            .tried("write", path)?)
     };
     in_parallel(&jobs, copy).map(|_| ())
 }

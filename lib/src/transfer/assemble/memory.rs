@@ -10,7 +10,8 @@ use super::{Assembled, Assembler, pagemap_of, rewritten_small};
 use crate::delta::{BlockRef, FileMeta};
 use crate::digest::Digest;
 use crate::image::{
-    ImageError, PageFlags, PageRun, PagemapName, Pagemap, ResolvedRun, Source, pages_file_name, resolve,
+    ImageError, PageFlags, PageRun, Pagemap, PagemapName, ResolvedRun, Source, pages_file_name,
+    resolve,
 };
 use crate::store::Tried as _;
 use crate::transfer::TransferError;
@@ -50,11 +51,19 @@ impl<'a> StoredPages<'a> {
     fn of(level: &'a StoredLevel, name: PagemapName) -> Option<Self> {
         let file = level.pages_file(name)?;
         let file_name = level.index.file(file).name.as_str();
-        Some(Self { level, file, directory: level.directory.as_path().into(), name: file_name.into() })
+        Some(Self {
+            level,
+            file,
+            directory: level.directory.as_path().into(),
+            name: file_name.into(),
+        })
     }
 
     fn digest(&self, page: u64) -> Option<Digest> {
-        let at = BlockRef { file: self.file, block: page };
+        let at = BlockRef {
+            file: self.file,
+            block: page,
+        };
         (page < self.level.index.file(self.file).blocks()).then(|| self.level.index.digest(at))
     }
 }
@@ -72,13 +81,21 @@ impl<'a> MemoryPages<'a> {
         let file = name.to_string();
         let runs = resolve(&pagemaps).map_err(|error| ImageError::Unresolved { file, error })?;
         let pages_name = pages_file_name(pagemap.pages_id());
-        let own = assembler.job.recipe.files().position(|meta| meta.name.as_str() == pages_name);
+        let own = assembler
+            .job
+            .recipe
+            .files()
+            .position(|meta| meta.name.as_str() == pages_name);
         let mut runs = runs.into_iter();
         Ok(Self {
             assembler,
             name,
             own_file: own.and_then(|file| u32::try_from(file).ok()),
-            stored: parent.iter().flat_map(|it| &it.levels).map(|level| StoredPages::of(level, name)).collect(),
+            stored: parent
+                .iter()
+                .flat_map(|it| &it.levels)
+                .map(|level| StoredPages::of(level, name))
+                .collect(),
             run: runs.next(),
             runs,
             done: 0,
@@ -88,7 +105,13 @@ impl<'a> MemoryPages<'a> {
     fn page(&self, run: &ResolvedRun) -> Result<MemoryPage, TransferError> {
         let page_size = self.assembler.job.manifest.page_size;
         let vaddr = run.vaddr + self.done * page_size.bytes();
-        let mut page = MemoryPage { vaddr, flags: run.flags_at_top, digest: None, level: 0, page: 0 };
+        let mut page = MemoryPage {
+            vaddr,
+            flags: run.flags_at_top,
+            digest: None,
+            level: 0,
+            page: 0,
+        };
         if let Source::At { level, page: first } = run.source {
             page.level = level;
             page.page = first + self.done;
@@ -102,23 +125,38 @@ impl<'a> MemoryPages<'a> {
             return self.stored.get(page.level - 1)?.as_ref()?.digest(page.page);
         }
         let recipe = &self.assembler.job.recipe;
-        let at = BlockRef { file: self.own_file?, block: page.page };
+        let at = BlockRef {
+            file: self.own_file?,
+            block: page.page,
+        };
         let meta = recipe.file(at.file);
-        let is_whole = at.block < meta.blocks() && meta.block_bytes(at.block) == meta.block_len as usize;
+        let is_whole =
+            at.block < meta.blocks() && meta.block_bytes(at.block) == meta.block_len as usize;
         is_whole.then(|| recipe.block(at).0)
     }
 
     fn short(&self, vaddr: u64) -> TransferError {
-        let what = format!("{}: the page at {vaddr:#x} is not in its pages file; CRIU would hang", self.name);
-        TransferError::Incomplete { directory: self.assembler.job.begin.name.as_str().into(), what }
+        let what = format!(
+            "{}: the page at {vaddr:#x} is not in its pages file; CRIU would hang",
+            self.name
+        );
+        TransferError::Incomplete {
+            directory: self.assembler.job.begin.name.as_str().into(),
+            what,
+        }
     }
 
     fn origin(&self, page: &MemoryPage) -> Origin {
         if page.level == 0 {
             let file = self.own_file.expect("its digest was found there");
-            return self.assembler.origin(BlockRef { file, block: page.page });
+            return self.assembler.origin(BlockRef {
+                file,
+                block: page.page,
+            });
         }
-        let stored = self.stored[page.level - 1].as_ref().expect("its digest was found there");
+        let stored = self.stored[page.level - 1]
+            .as_ref()
+            .expect("its digest was found there");
         Origin::Stored {
             directory: stored.directory.clone(),
             name: stored.name.clone(),
@@ -173,10 +211,18 @@ impl Assembler<'_> {
             self.write_pagemap(name, &rewritten.pagemap, &mut assembled)?;
             stored.insert(name, rewritten.pagemap);
         }
-        self.complete_files(|meta| meta.is_pages() && !rewritten_files.iter().any(|name| name == meta.name.as_str()))?;
+        self.complete_files(|meta| {
+            meta.is_pages()
+                && !rewritten_files
+                    .iter()
+                    .any(|name| name == meta.name.as_str())
+        })?;
         // Only now: until here other files may have been completed from the pages that arrived.
         for name in &rewritten_files {
-            let (from, to) = (self.directory.join(new_name(name)), self.directory.join(name));
+            let (from, to) = (
+                self.directory.join(new_name(name)),
+                self.directory.join(name),
+            );
             fs::rename(&from, &to).tried("rename", &from)?;
         }
         if base.is_some() && !stored.values().any(Pagemap::needs_parent) {
@@ -195,7 +241,9 @@ impl Assembler<'_> {
         base: Option<&StoredChain>,
     ) -> Result<Rewritten, TransferError> {
         let page_size = pagemap.page_size();
-        let mut in_base = base.map(|base| PageDigests::new(base, name, page_size)).transpose()?;
+        let mut in_base = base
+            .map(|base| PageDigests::new(base, name, page_size))
+            .transpose()?;
         let mut pages = MemoryPages::new(self, name, pagemap, parent)?;
         let (mut runs, mut digests, mut pieces) = (Vec::new(), Vec::new(), Pieces::default());
         let mut in_place = true;
@@ -203,7 +251,9 @@ impl Assembler<'_> {
             let page = page?;
             let flags = match page.digest {
                 None => page.flags,
-                Some(digest) if in_base.as_mut().and_then(|base| base.at(page.vaddr)) == Some(digest) => {
+                Some(digest)
+                    if in_base.as_mut().and_then(|base| base.at(page.vaddr)) == Some(digest) =>
+                {
                     in_place = false;
                     PageFlags::PARENT
                 }
@@ -217,7 +267,12 @@ impl Assembler<'_> {
             push_page(&mut runs, page.vaddr, flags, page_size.bytes());
         }
         let pagemap = Pagemap::new(&name.to_string(), pagemap.pages_id(), page_size, runs)?;
-        Ok(Rewritten { pagemap, digests, pieces, in_place })
+        Ok(Rewritten {
+            pagemap,
+            digests,
+            pieces,
+            in_place,
+        })
     }
 
     fn write_pages(
@@ -231,16 +286,25 @@ impl Assembler<'_> {
         let path = self.directory.join(new_name(name));
         let file = fs::File::create(&path).tried("create", &path)?;
         file.set_len(size).tried("extend", &path)?;
-        let place = assembled.files.binary_search_by(|meta| meta.name.as_str().cmp(name));
+        let place = assembled
+            .files
+            .binary_search_by(|meta| meta.name.as_str().cmp(name));
         let index = place.unwrap_or_else(|index| {
             let name = crate::delta::FileName::new(name).expect("a pages file's name is a name");
-            assembled.files.insert(index, FileMeta::new(name, 0o644, 0, page_size));
+            assembled
+                .files
+                .insert(index, FileMeta::new(name, 0o644, 0, page_size));
             assembled.digests.insert(index, Vec::new());
             index
         });
         assembled.files[index].size = size;
         let pieces = rewritten.pieces.clone().into_vec();
-        self.copy(&path, &assembled.files[index], |block| digest_at(&rewritten.digests, block), pieces)?;
+        self.copy(
+            &path,
+            &assembled.files[index],
+            |block| digest_at(&rewritten.digests, block),
+            pieces,
+        )?;
         assembled.digests[index].clone_from(&rewritten.digests);
         Ok(())
     }
@@ -254,7 +318,10 @@ impl Assembler<'_> {
         let bytes = pagemap.encode();
         let path = self.directory.join(name.to_string());
         fs::write(&path, &bytes).tried("write", &path)?;
-        let index = assembled.files.iter().position(|meta| pagemap_of(meta) == Some(name));
+        let index = assembled
+            .files
+            .iter()
+            .position(|meta| pagemap_of(meta) == Some(name));
         let index = index.expect("it was read from one of the files");
         let (meta, digests) = rewritten_small(&assembled.files[index], &bytes);
         assembled.files[index] = meta;
@@ -282,7 +349,13 @@ fn present(flags: PageFlags) -> PageFlags {
 
 fn push_page(runs: &mut Vec<PageRun>, vaddr: u64, flags: PageFlags, page_bytes: u64) {
     match runs.last_mut() {
-        Some(last) if last.flags == flags && last.vaddr + last.pages * page_bytes == vaddr => last.pages += 1,
-        _ => runs.push(PageRun { vaddr, pages: 1, flags }),
+        Some(last) if last.flags == flags && last.vaddr + last.pages * page_bytes == vaddr => {
+            last.pages += 1
+        }
+        _ => runs.push(PageRun {
+            vaddr,
+            pages: 1,
+            flags,
+        }),
     }
 }

@@ -20,7 +20,9 @@ use super::files::in_parallel;
 use crate::delta::{BlockRef, FileMeta, Place};
 use crate::digest::{Digest, hash_blocks};
 use crate::image::complete::{LevelFacts, SetFacts, check};
-use crate::image::{Completeness, FileKind, ImageError, Inventory, PagemapName, Pagemap, ProcessTree};
+use crate::image::{
+    Completeness, FileKind, ImageError, Inventory, Pagemap, PagemapName, ProcessTree,
+};
 use crate::session::StoreJob;
 use crate::store::{Held, Store, Tried as _};
 use crate::wire::Layout;
@@ -60,7 +62,9 @@ impl Assembler<'_> {
         let parent = self.parent()?;
         let pagemaps = match self.understood() {
             Ok(pagemaps) => pagemaps,
-            Err(TransferError::Image(error)) if error.is_opaque() => return self.opaque(&error, parent.as_ref()),
+            Err(TransferError::Image(error)) if error.is_opaque() => {
+                return self.opaque(&error, parent.as_ref());
+            }
             Err(error) => return Err(error),
         };
         let assembled = match self.layout {
@@ -78,7 +82,10 @@ impl Assembler<'_> {
         match assembled.completeness {
             Completeness::Damaged(_) => {
                 let what = assembled.completeness.to_string();
-                Err(TransferError::Incomplete { directory: PathBuf::from(self.job.begin.name.as_str()), what })
+                Err(TransferError::Incomplete {
+                    directory: PathBuf::from(self.job.begin.name.as_str()),
+                    what,
+                })
             }
             _ => Ok(assembled),
         }
@@ -86,10 +93,18 @@ impl Assembler<'_> {
 
     // The stored set that the source's `parent` leads to.
     fn parent(&self) -> Result<Option<StoredChain>, TransferError> {
-        let Some(parent) = &self.job.manifest.parent else { return Ok(None) };
-        let record = self.store.find_root(&self.peer, &parent.root)?.ok_or_else(|| {
-            TransferError::Layout(format!("the set that {} builds on is not here any more; send again", parent.link))
-        })?;
+        let Some(parent) = &self.job.manifest.parent else {
+            return Ok(None);
+        };
+        let record = self
+            .store
+            .find_root(&self.peer, &parent.root)?
+            .ok_or_else(|| {
+                TransferError::Layout(format!(
+                    "the set that {} builds on is not here any more; send again",
+                    parent.link
+                ))
+            })?;
         StoredChain::open(self.store, record.id).map(Some)
     }
 
@@ -103,22 +118,42 @@ impl Assembler<'_> {
 
     fn inventory(&self) -> Result<Option<Inventory>, TransferError> {
         let bytes = self.read_small("inventory.img")?;
-        Ok(bytes.map(|bytes| Inventory::parse(&bytes, "inventory.img")).transpose()?)
+        Ok(bytes
+            .map(|bytes| Inventory::parse(&bytes, "inventory.img"))
+            .transpose()?)
     }
 
     fn read_small(&self, name: &str) -> Result<Option<Vec<u8>>, ImageError> {
-        let Some((meta, _)) = self.job.manifest.files.iter().find(|(meta, _)| meta.name.as_str() == name) else {
+        let Some((meta, _)) = self
+            .job
+            .manifest
+            .files
+            .iter()
+            .find(|(meta, _)| meta.name.as_str() == name)
+        else {
             return Ok(None);
         };
         let path = self.directory.join(name);
         if meta.size > SMALL_BYTES {
-            return Err(ImageError::TooLarge { path, size: meta.size, limit: SMALL_BYTES });
+            return Err(ImageError::TooLarge {
+                path,
+                size: meta.size,
+                limit: SMALL_BYTES,
+            });
         }
-        fs::read(&path).map(Some).map_err(|source| ImageError::Io { path, action: "read", source })
+        fs::read(&path).map(Some).map_err(|source| ImageError::Io {
+            path,
+            action: "read",
+            source,
+        })
     }
 
     // Compressed memory can be carried, not taken apart.
-    fn opaque(&self, why: &ImageError, parent: Option<&StoredChain>) -> Result<Assembled, TransferError> {
+    fn opaque(
+        &self,
+        why: &ImageError,
+        parent: Option<&StoredChain>,
+    ) -> Result<Assembled, TransferError> {
         if self.layout != Layout::Faithful {
             return Err(TransferError::Layout(format!(
                 "{why}; start `crxfer recv` with --layout faithful, which carries it as it is"
@@ -134,7 +169,10 @@ impl Assembler<'_> {
     fn unchanged_files(&self, base: Option<&StoredChain>) -> Assembled {
         let files: Vec<_> = self.job.recipe.files().cloned().collect();
         Assembled {
-            digests: (0u32..).zip(&files).map(|(file, meta)| self.digests_of(file, meta)).collect(),
+            digests: (0u32..)
+                .zip(&files)
+                .map(|(file, meta)| self.digests_of(file, meta))
+                .collect(),
             files,
             base: base.map(|chain| chain.levels[0].id),
             completeness: Completeness::PagesOnly,
@@ -158,20 +196,37 @@ impl Assembler<'_> {
         base: Option<&StoredChain>,
     ) -> Result<Completeness, TransferError> {
         let sizes_of = |files: &mut dyn Iterator<Item = &FileMeta>| -> BTreeMap<String, u64> {
-            files.map(|meta| (meta.name.to_string(), meta.size)).collect()
+            files
+                .map(|meta| (meta.name.to_string(), meta.size))
+                .collect()
         };
-        let levels = base.map(|chain| chain.levels.as_slice()).unwrap_or_default();
+        let levels = base
+            .map(|chain| chain.levels.as_slice())
+            .unwrap_or_default();
         let mut sizes = vec![sizes_of(&mut files.iter())];
-        sizes.extend(levels.iter().map(|level| sizes_of(&mut level.index.files())));
+        sizes.extend(
+            levels
+                .iter()
+                .map(|level| sizes_of(&mut level.index.files())),
+        );
         let maps = std::iter::once(pagemaps).chain(levels.iter().map(|level| &level.pagemaps));
-        let facts: Vec<_> = maps.zip(&sizes).map(|(pagemaps, sizes)| LevelFacts { pagemaps, sizes }).collect();
+        let facts: Vec<_> = maps
+            .zip(&sizes)
+            .map(|(pagemaps, sizes)| LevelFacts { pagemaps, sizes })
+            .collect();
         let inventory = self.inventory()?;
         let tree = ProcessTree::parse(|name| self.read_small(name))?;
-        Ok(check(&SetFacts { levels: &facts, inventory: inventory.as_ref(), tree: tree.as_ref() }))
+        Ok(check(&SetFacts {
+            levels: &facts,
+            inventory: inventory.as_ref(),
+            tree: tree.as_ref(),
+        }))
     }
 
     fn digests_of(&self, file: u32, meta: &FileMeta) -> Vec<Digest> {
-        (0..meta.blocks()).map(|block| self.job.recipe.block(BlockRef { file, block }).0).collect()
+        (0..meta.blocks())
+            .map(|block| self.job.recipe.block(BlockRef { file, block }).0)
+            .collect()
     }
 
     // Brings to their places the blocks of some files that did not arrive, because they are
@@ -223,9 +278,18 @@ impl Assembler<'_> {
             }
             Origin::Held { store, at } => {
                 let set = self.held.set(store);
-                Some((set.directory.join(set.index.file(at.file).name.as_str()), at.block, set.id))
+                Some((
+                    set.directory.join(set.index.file(at.file).name.as_str()),
+                    at.block,
+                    set.id,
+                ))
             }
-            Origin::Stored { ref directory, ref name, block, set } => Some((directory.join(&**name), block, set)),
+            Origin::Stored {
+                ref directory,
+                ref name,
+                block,
+                set,
+            } => Some((directory.join(&**name), block, set)),
         };
         let result = copy_pieces(path, meta, digest, pieces, locate);
         if let Err(TransferError::Store(crate::store::StoreError::Damaged { set, .. })) = &result {
@@ -239,7 +303,8 @@ impl Assembler<'_> {
         let finish = |meta: &FileMeta| {
             let path = self.directory.join(meta.name.as_str());
             let file = fs::File::open(&path).tried("open", &path)?;
-            file.set_permissions(fs::Permissions::from_mode(u32::from(meta.mode))).tried("set the mode of", &path)?;
+            file.set_permissions(fs::Permissions::from_mode(u32::from(meta.mode)))
+                .tried("set the mode of", &path)?;
             if self.store.is_durable() {
                 file.sync_all().tried("sync", &path)?;
             }
@@ -251,7 +316,10 @@ impl Assembler<'_> {
 
 /// A file that was written anew: its description and digests.
 fn rewritten_small(meta: &FileMeta, bytes: &[u8]) -> (FileMeta, Vec<Digest>) {
-    let meta = FileMeta { size: bytes.len() as u64, ..meta.clone() };
+    let meta = FileMeta {
+        size: bytes.len() as u64,
+        ..meta.clone()
+    };
     let mut digests = Vec::new();
     hash_blocks(bytes, meta.block_len as usize, &mut digests);
     (meta, digests)

@@ -24,7 +24,8 @@ use crate::transfer::event::{Event, Received};
 use crate::transfer::{TransferError, software};
 use crate::transport::{BulkReceiver, Connection, ControlReceiver, ControlSender, TransportError};
 use crate::wire::{
-    BeginSet, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError, decode_ops, limits,
+    BeginSet, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError,
+    decode_ops, limits,
 };
 
 /// Frames that were read from the streams and wait for a core: 8 MiB.
@@ -37,7 +38,10 @@ const FRAMES_AT_WORK: usize = 4;
 const OPEN_FILES: usize = 128;
 
 /// Serves one source until it leaves.
-pub(super) async fn serve(connection: Connection, shared: &Arc<Shared>) -> Result<(), TransferError> {
+pub(super) async fn serve(
+    connection: Connection,
+    shared: &Arc<Shared>,
+) -> Result<(), TransferError> {
     let address = connection.remote_address();
     let peer = connection.peer();
     shared.events.emit(Event::Connected { address, peer });
@@ -49,7 +53,10 @@ pub(super) async fn serve(connection: Connection, shared: &Arc<Shared>) -> Resul
         Ok(()) => Ok(()),
         Err(error) => {
             if let Some(failure) = error.to_failure() {
-                let _ = driver.control.write_message(&Message::Failure(failure).encode()).await;
+                let _ = driver
+                    .control
+                    .write_message(&Message::Failure(failure).encode())
+                    .await;
                 let _ = driver.control.finish();
                 // The source closes when it has read why.
                 let _ = tokio::time::timeout(Duration::from_secs(2), connection.closed()).await;
@@ -64,8 +71,15 @@ enum Input {
     Message(Result<Message, WireError>),
     ControlEnded(Option<TransportError>),
     Frame(Box<Frame>),
-    Written { header: FrameHeader, ops: Vec<Op>, digests: Vec<Digest> },
-    Prepared { staged: Arc<Staged>, held: Arc<Held> },
+    Written {
+        header: FrameHeader,
+        ops: Vec<Op>,
+        digests: Vec<Digest>,
+    },
+    Prepared {
+        staged: Arc<Staged>,
+        held: Arc<Held>,
+    },
     Stored(Box<(Published, Received)>),
     Failed(TransferError),
 }
@@ -93,7 +107,12 @@ impl<'a> Driver<'a> {
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     fn new(connection: &'a Connection, shared: Arc<Shared>, control: ControlSender) -> Self {
         let binding = connection.binding();
-        let proof = |role| shared.secret.as_ref().map(|secret| proof(secret, role, &binding));
+        let proof = |role| {
+            shared
+                .secret
+                .as_ref()
+                .map(|secret| proof(secret, role, &binding))
+        };
         let config = DestinationConfig {
             software: software(),
             ticket_proof: proof(Role::Destination),
@@ -142,14 +161,20 @@ impl<'a> Driver<'a> {
         let now = Instant::now();
         match input {
             Input::Message(message) => {
-                self.destination.handle_message(now, message.map_err(SessionError::from)?)?;
+                self.destination
+                    .handle_message(now, message.map_err(SessionError::from)?)?;
             }
             Input::ControlEnded(_) if self.destination.is_idle() => return Ok(true),
             Input::ControlEnded(Some(error)) => return Err(error.into()),
             Input::ControlEnded(None) => return Err(TransportError::CutShort.into()),
             Input::Frame(frame) => self.admit(*frame).await?,
-            Input::Written { header, ops, digests } => {
-                self.destination.handle_frame(now, &header, &ops, &digests)?;
+            Input::Written {
+                header,
+                ops,
+                digests,
+            } => {
+                self.destination
+                    .handle_frame(now, &header, &ops, &digests)?;
                 self.progress(&header);
             }
             Input::Prepared { staged, held } => {
@@ -171,7 +196,8 @@ impl<'a> Driver<'a> {
                     let received = self.shared.received.clone();
                     let connection = self.connection.clone();
                     tokio::spawn(async move {
-                        let _ = tokio::time::timeout(Duration::from_secs(5), connection.closed()).await;
+                        let _ =
+                            tokio::time::timeout(Duration::from_secs(5), connection.closed()).await;
                         received.send_modify(|count| *count += 1);
                     });
                 }
@@ -183,11 +209,16 @@ impl<'a> Driver<'a> {
 
     async fn carry_out(&mut self, command: DestinationCommand) -> Result<(), TransferError> {
         match command {
-            DestinationCommand::Send(message) => self.control.write_message(&message.encode()).await?,
+            DestinationCommand::Send(message) => {
+                self.control.write_message(&message.encode()).await?
+            }
             DestinationCommand::FindRoots(roots) => self.find_roots(&roots)?,
             DestinationCommand::Prepare(begin, files) => self.prepare(begin, files),
             DestinationCommand::FindSegment(at, digest) => {
-                let found = self.held.as_ref().and_then(|held| held.find_segment(&digest));
+                let found = self
+                    .held
+                    .as_ref()
+                    .and_then(|held| held.find_segment(&digest));
                 self.destination.handle_segment_found(at, found)?;
             }
             DestinationCommand::FindBlocks(at, ids) => {
@@ -201,7 +232,8 @@ impl<'a> Driver<'a> {
 
     fn find_roots(&mut self, roots: &[Digest]) -> Result<(), TransferError> {
         let peer = self.connection.peer().0;
-        let find = |root| Ok::<_, TransferError>(self.shared.store.find_root(&peer, root)?.is_some());
+        let find =
+            |root| Ok::<_, TransferError>(self.shared.store.find_root(&peer, root)?.is_some());
         let held = roots.iter().map(find).collect::<Result<_, _>>()?;
         self.destination.handle_roots_found(held);
         Ok(())
@@ -214,11 +246,17 @@ impl<'a> Driver<'a> {
             total_bytes: begin.total_bytes,
             ancestor: begin.ancestor,
         });
-        let (store, input, peer) = (self.shared.store.clone(), self.input.clone(), self.connection.peer().0);
+        let (store, input, peer) = (
+            self.shared.store.clone(),
+            self.input.clone(),
+            self.connection.peer().0,
+        );
         spawn_blocking(move || {
-            let prepared = Staged::prepare(store, &peer, &begin, files).map(|(staged, held)| Input::Prepared {
-                staged: Arc::new(staged),
-                held: Arc::new(held),
+            let prepared = Staged::prepare(store, &peer, &begin, files).map(|(staged, held)| {
+                Input::Prepared {
+                    staged: Arc::new(staged),
+                    held: Arc::new(held),
+                }
             });
             let _ = input.blocking_send(prepared.unwrap_or_else(Input::Failed));
         });
@@ -226,14 +264,26 @@ impl<'a> Driver<'a> {
 
     async fn admit(&mut self, frame: Frame) -> Result<(), TransferError> {
         let ranges = self.destination.admit_frame(&frame.header, &frame.ops)?;
-        let staged = self.staged.clone().ok_or(SessionError::Protocol("a frame before its set"))?;
+        let staged = self
+            .staged
+            .clone()
+            .ok_or(SessionError::Protocol("a frame before its set"))?;
         let input = self.input.clone();
-        let place = self.at_work.clone().acquire_owned().await.expect("never closed");
+        let place = self
+            .at_work
+            .clone()
+            .acquire_owned()
+            .await
+            .expect("never closed");
         spawn_blocking(move || {
             let written = staged.write(&frame, &ranges);
             drop(place);
             let Frame { header, ops, .. } = frame;
-            let next = written.map(|digests| Input::Written { header, ops, digests });
+            let next = written.map(|digests| Input::Written {
+                header,
+                ops,
+                digests,
+            });
             // Through a thread of its own: the channel may be full of frames that wait for this.
             let _ = input.blocking_send(next.unwrap_or_else(Input::Failed));
         });
@@ -241,12 +291,19 @@ impl<'a> Driver<'a> {
     }
 
     fn store(&mut self, job: Box<StoreJob>) {
-        let (Some(staged), Some(held)) = (self.staged.take(), self.held.take()) else { return };
+        let (Some(staged), Some(held)) = (self.staged.take(), self.held.take()) else {
+            return;
+        };
         self.shared.events.emit(Event::Storing);
-        let (shared, input, peer) = (self.shared.clone(), self.input.clone(), self.connection.peer().0);
+        let (shared, input, peer) = (
+            self.shared.clone(),
+            self.input.clone(),
+            self.connection.peer().0,
+        );
         spawn_blocking(move || {
             let stored = store_set(&shared, peer, &job, staged, &held);
-            let _ = input.blocking_send(stored.map_or_else(Input::Failed, |it| Input::Stored(Box::new(it))));
+            let _ = input
+                .blocking_send(stored.map_or_else(Input::Failed, |it| Input::Stored(Box::new(it))));
         });
     }
 
@@ -284,14 +341,21 @@ async fn read_streams(connection: Connection, input: mpsc::Sender<Input>) {
     while let Ok(stream) = connection.accept_bulk().await {
         let input = input.clone();
         tokio::spawn(async move {
-            if let Err(error) = read_frames(stream, &input).await {
-                let _ = input.send(Input::Failed(error)).await;
-            }
+            let ended = match read_frames(stream, &input).await {
+                Ok(()) => return,
+                // The source may leave when it has been told that all is stored.
+                Err(TransferError::Transport(error)) => Input::ControlEnded(Some(error)),
+                Err(error) => Input::Failed(error),
+            };
+            let _ = input.send(ended).await;
         });
     }
 }
 
-async fn read_frames(mut stream: BulkReceiver, input: &mpsc::Sender<Input>) -> Result<(), TransferError> {
+async fn read_frames(
+    mut stream: BulkReceiver,
+    input: &mpsc::Sender<Input>,
+) -> Result<(), TransferError> {
     let mut head = [0; HEADER_LEN];
     while stream.read_exact(&mut head).await? {
         let header = FrameHeader::decode(&head).map_err(SessionError::from)?;
@@ -302,7 +366,11 @@ async fn read_frames(mut stream: BulkReceiver, input: &mpsc::Sender<Input>) -> R
         if header.payload_len > 0 {
             stream.read_exact(&mut payload).await?;
         }
-        let frame = Frame { header, ops, payload: payload.into() };
+        let frame = Frame {
+            header,
+            ops,
+            payload: payload.into(),
+        };
         if input.send(Input::Frame(Box::new(frame))).await.is_err() {
             return Ok(());
         }
@@ -331,11 +399,22 @@ impl Staged {
         let held = store.held_of(peer)?;
         let stage = store.stage(peer, begin.name.as_str(), begin.page_size)?;
         let directory = stage.files();
-        let staged = Self { store, stage: Mutex::new(Some(stage)), directory, files, open: Mutex::default() };
+        let staged = Self {
+            store,
+            stage: Mutex::new(Some(stage)),
+            directory,
+            files,
+            open: Mutex::default(),
+        };
         for meta in &staged.files {
             let path = staged.directory.join(meta.name.as_str());
-            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-            file.and_then(|file| file.set_len(meta.size)).tried("create", &path)?;
+            let file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&path);
+            file.and_then(|file| file.set_len(meta.size))
+                .tried("create", &path)?;
         }
         Ok((staged, held))
     }
@@ -353,7 +432,8 @@ impl Staged {
         let mut at = 0;
         for range in ranges {
             let len = usize::try_from(range.end - range.start).expect("a segment fits into memory");
-            file.write_all_at(&run.bytes()[at..at + len], range.start).tried("write", &path)?;
+            file.write_all_at(&run.bytes()[at..at + len], range.start)
+                .tried("write", &path)?;
             at += len;
         }
         Ok(run.digests().to_vec())
@@ -374,16 +454,19 @@ impl Staged {
     }
 
     fn take_stage(&self) -> Option<Stage> {
-        self.stage.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.stage
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 }
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        if let Some(stage) = self.take_stage() {
-            if let Err(error) = self.store.abandon(stage) {
-                tracing::warn!("{error}; what arrived will be sent again");
-            }
+        if let Some(stage) = self.take_stage()
+            && let Err(error) = self.store.abandon(stage)
+        {
+            tracing::warn!("{error}; what arrived will be sent again");
         }
     }
 }
@@ -397,7 +480,9 @@ fn unpack(frame: &Frame) -> Result<Vec<u8>, TransferError> {
         if decompressor.is_none() {
             *decompressor = Decompressor::new().ok();
         }
-        let unpacked = decompressor.as_mut().map(|it| it.decompress(&frame.payload, frame.header.raw_len as usize));
+        let unpacked = decompressor
+            .as_mut()
+            .map(|it| it.decompress(&frame.payload, frame.header.raw_len as usize));
         match unpacked {
             Some(Ok(bytes)) => Ok(bytes),
             _ => Err(SessionError::Protocol("a frame that cannot be unpacked").into()),
@@ -435,7 +520,11 @@ fn store_set(
     let assembled = assembler.assemble()?;
     let completeness = one_word(&assembled.completeness);
     let stage = staged.take_stage().ok_or(TransferError::Cancelled)?;
-    let keep_link = job.manifest.parent.as_ref().map(|parent| parent.link.clone());
+    let keep_link = job
+        .manifest
+        .parent
+        .as_ref()
+        .map(|parent| parent.link.clone());
     let new = NewSet {
         name: name.clone(),
         peer,
@@ -450,11 +539,20 @@ fn store_set(
         keep: shared.keep,
     };
     let digests = assembled.digests.iter().flatten().copied();
-    let published = shared.store.publish(stage, new, &assembled.files, digests)?;
-    let path = shared.store.directory_of(&published.record).unwrap_or_default();
+    let published = shared
+        .store
+        .publish(stage, new, &assembled.files, digests)?;
+    let path = shared
+        .store
+        .directory_of(&published.record)
+        .unwrap_or_default();
     let received = Received {
         name: name.unwrap_or_default(),
-        path: if begin.ancestor { path } else { shared.store.root().join(begin.name.as_str()) },
+        path: if begin.ancestor {
+            path
+        } else {
+            shared.store.root().join(begin.name.as_str())
+        },
         generation: published.record.generation,
         layout,
         base: published.base,
@@ -524,4 +622,3 @@ fn one_word(completeness: &Completeness) -> &'static str {
         Completeness::Damaged(_) => "damaged",
     }
 }
-
