@@ -230,7 +230,7 @@ fn damaged_set(context: &Context) -> Result<String> {
             fs::File::options()
                 .write(true)
                 .open(set.join("pagemap-4242.img"))?
-                .set_len(50)
+                .set_len(45)
         }),
         ("inventory.img", |set| {
             fs::write(set.join("inventory.img"), b"not an inventory")
