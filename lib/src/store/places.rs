@@ -60,8 +60,6 @@ pub struct NewSet {
     pub keep_link: Option<String>,
     /// Size of the source's files.
     pub image_bytes: u64,
-    /// How many superseded generations of the name are kept besides those that are built on.
-    pub keep: u64,
 }
 
 /// A set that is visible now.
@@ -132,7 +130,7 @@ impl Store {
     ///
     /// `files` and `digests` describe what lies in the stage, for the index. Everything is synced
     /// before the switch where the place is durable. After an error nothing is visible, and what
-    /// arrived is kept for the next attempt.
+    /// arrived is kept for the next attempt, unless that would keep the disk full.
     pub fn publish(
         &self,
         stage: Stage,
@@ -144,14 +142,14 @@ impl Store {
         let (published, old) = match self.switch(&stage, &new, files, digests) {
             Ok(switched) => switched,
             Err(error) => {
-                if let Err(second) = self.recover_stage(&stage.place) {
+                if let Err(second) = self.recover_stage(&stage.place, !error.is_out_of_space()) {
                     tracing::warn!("{second}; what arrived will be sent again");
                 }
                 return Err(error);
             }
         };
         // The set is visible: whatever goes wrong from here on is made good by the next `serve`.
-        if let Err(error) = self.tidy(&stage, &new, old) {
+        if let Err(error) = self.put_away(&stage, &new, old) {
             tracing::warn!("{error}; the set is published, the next `crxfer recv` tidies up");
         }
         Ok(published)
@@ -197,16 +195,16 @@ impl Store {
         Ok((published, current))
     }
 
-    fn tidy(&self, stage: &Stage, new: &NewSet, old: Option<Record>) -> Result<(), StoreError> {
+    fn put_away(&self, stage: &Stage, new: &NewSet, old: Option<Record>) -> Result<(), StoreError> {
         if let Some(old) = old {
             self.supersede(old, &stage.files())?;
         }
         let about = read_about(&stage.place);
         remove_tree(&stage.place)?;
-        if let Some(about) = about {
-            self.drop_partials(&new.peer, &about.name)?;
+        match about {
+            Some(about) => self.drop_partials(&new.peer, &about.name),
+            None => Ok(()),
         }
-        self.collect(new.name.as_deref(), new.keep)
     }
 
     /// Whether a set of this peer may be published under that name. Asked before anything is sent,
@@ -219,6 +217,14 @@ impl Store {
     ) -> Result<(), StoreError> {
         self.check_name(name, peer, names_are_owned, &self.records()?)
             .map(|_| ())
+    }
+
+    /// Removes what nothing needs any more: superseded generations of `name` beyond the newest
+    /// `keep`, and what was there only for others to build on. Sets that a transfer reads from
+    /// stay until the next time.
+    pub fn tidy(&self, name: Option<&str>, keep: u64) -> Result<(), StoreError> {
+        let _lock = self.lock()?;
+        self.collect(name, keep)
     }
 
     /// Removes the set with this name; its generation stays, unnamed, while others build on it.

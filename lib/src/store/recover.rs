@@ -14,7 +14,7 @@ impl Store {
         let _lock = self.lock()?;
         self.recover_records()?;
         for place in self.entries("stage")? {
-            self.recover_stage(&place)?;
+            self.recover_stage(&place, true)?;
         }
         for place in self.entries("base")? {
             if place
@@ -59,7 +59,7 @@ impl Store {
 
     // `files` in a stage is one of: what had arrived; a complete set, recorded but not yet
     // switched in; or the generation that was switched out, or is being removed.
-    pub(super) fn recover_stage(&self, place: &Path) -> Result<(), StoreError> {
+    pub(super) fn recover_stage(&self, place: &Path, keep: bool) -> Result<(), StoreError> {
         let stage = Stage::at(place);
         let files = stage.files();
         let record = self
@@ -67,7 +67,7 @@ impl Store {
             .into_iter()
             .find(|record| Some(record.directory_id) == directory_id(&files));
         let Some(record) = record else {
-            return if files.is_dir() && read_about(place).is_some() {
+            return if keep && files.is_dir() && read_about(place).is_some() {
                 self.abandon(stage)
             } else {
                 remove_tree(place)
@@ -81,6 +81,9 @@ impl Store {
             return remove_tree(place);
         }
         self.forget(&record)?;
+        if !keep {
+            return remove_tree(place);
+        }
         let _ = fs::remove_file(files.join("parent"));
         self.abandon(stage)
     }

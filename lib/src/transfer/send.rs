@@ -131,10 +131,10 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
     match outcome {
         Ok(published) => {
             let mut report = driver.report(published);
-            driver.remember(memo, digested).await;
-            connection.close_and_tell(CloseCode::Done, "").await;
             report.wire_bytes = connection.wire_bytes();
             report.elapsed = begun.elapsed();
+            connection.close_and_tell(CloseCode::Done, "").await;
+            driver.remember(memo, digested).await;
             Ok(report)
         }
         Err(error) => {
@@ -201,11 +201,7 @@ impl<'a> Driver<'a> {
         let (frames, jobs) = mpsc::unbounded_channel();
         let sets = Arc::new(sets);
         let jobs = Arc::new(tokio::sync::Mutex::new(jobs));
-        let packer = Arc::new(Packer::new(
-            sets.clone(),
-            connection.clone(),
-            options.bytes_per_s,
-        ));
+        let packer = Arc::new(Packer::new(sets.clone(), options.bytes_per_s));
         for _ in 0..BULK_STREAMS {
             let stream = connection.open_bulk().await?;
             tokio::spawn(send_frames(
@@ -478,13 +474,12 @@ async fn send_frame(
     let packing = packer.clone();
     let pack = spawn_blocking(move || packing.pack(job.at, job.number, &job.ops, job.bytes));
     let Packed {
-        mut parts,
+        parts,
         compressed_pages,
         wire_len,
     } = pack.await.expect("packing does not panic")?;
-    packer.wait_for_rate().await;
     let begun = packer.clock();
-    stream.write_parts(&mut parts).await?;
+    packer.write(stream, parts).await?;
     packer.sent(wire_len, begun);
     Ok(compressed_pages)
 }

@@ -118,6 +118,9 @@ pub struct BeginSet {
     /// a received set to build on, chosen by the operator; may be empty
     #[prost(string, tag = "10")]
     pub base_name: ::prost::alloc::string::String,
+    /// root digest, where the source knows it already; else empty
+    #[prost(bytes = "vec", tag = "11")]
+    pub root: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct File {
@@ -140,7 +143,8 @@ pub struct Files {
     #[prost(message, repeated, tag = "2")]
     pub files: ::prost::alloc::vec::Vec<File>,
 }
-/// destination -> source, after the last Files.
+/// destination -> source, after the last Files. Published comes in its place where the set stands
+/// there already with the root that BeginSet names.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SetReady {
     #[prost(uint32, tag = "1")]

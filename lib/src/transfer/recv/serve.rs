@@ -53,7 +53,7 @@ pub(super) async fn serve(
         begun.map_err(|_| SessionError::Silent(HANDSHAKE_TIMEOUT.as_secs()))??;
     let mut driver = Driver::new(&connection, shared.clone(), control);
     let outcome = driver.run(messages).await;
-    driver.keep_partial();
+    driver.keep_partial(outcome.as_ref().err());
     match outcome {
         Ok(()) => Ok(()),
         Err(error) => {
@@ -255,12 +255,7 @@ impl<'a> Driver<'a> {
             self.connection.peer().0,
         );
         spawn_blocking(move || {
-            let prepared = Staged::prepare(&shared, &peer, &begin, files).map(|(staged, held)| {
-                Input::Prepared {
-                    staged: Arc::new(staged),
-                    held: Arc::new(held),
-                }
-            });
+            let prepared = prepare_set(&shared, peer, &begin, files);
             let _ = input.blocking_send(prepared.unwrap_or_else(Input::Failed));
         });
     }
@@ -304,7 +299,7 @@ impl<'a> Driver<'a> {
             self.connection.peer().0,
         );
         spawn_blocking(move || {
-            let stored = store_set(&shared, peer, &job, staged, &held);
+            let stored = store_set(&shared, peer, &job, staged, held);
             let _ = input
                 .blocking_send(stored.map_or_else(Input::Failed, |it| Input::Stored(Box::new(it))));
         });
@@ -320,9 +315,13 @@ impl<'a> Driver<'a> {
         });
     }
 
-    // What arrived is kept for the next attempt.
-    fn keep_partial(&mut self) {
-        drop(self.staged.take());
+    // What arrived is kept for the next attempt, unless that would keep the disk full.
+    fn keep_partial(&mut self, error: Option<&TransferError>) {
+        let staged = self.staged.take();
+        let is_full = matches!(error, Some(TransferError::Store(error)) if error.is_out_of_space());
+        if let (true, Some(stage)) = (is_full, staged.and_then(|staged| staged.take_stage())) {
+            let _ = self.shared.store.discard(stage);
+        }
     }
 }
 
@@ -497,18 +496,40 @@ fn unpack(frame: &Frame) -> Result<Vec<u8>, TransferError> {
     })
 }
 
+// Makes room, unless the set is there already.
+fn prepare_set(
+    shared: &Shared,
+    peer: [u8; 32],
+    begin: &BeginSet,
+    files: Vec<FileMeta>,
+) -> Result<Input, TransferError> {
+    if let Some(root) = begin.root
+        && let Some(done) = unchanged(shared, peer, begin, root)?
+    {
+        return Ok(Input::Stored(Box::new(done)));
+    }
+    let (staged, held) = Staged::prepare(shared, &peer, begin, files)?;
+    Ok(Input::Prepared {
+        staged: Arc::new(staged),
+        held: Arc::new(held),
+    })
+}
+
 // Assembles and publishes. Runs on a thread of its own.
 fn store_set(
     shared: &Shared,
     peer: [u8; 32],
     job: &StoreJob,
     staged: Arc<Staged>,
-    held: &Held,
+    held: Arc<Held>,
 ) -> Result<(Published, Received), TransferError> {
     let begin = &job.begin;
     let root = job.manifest.root();
     let name = (!begin.ancestor).then(|| begin.name.to_string());
-    if let Some(done) = unchanged(shared, peer, job, &staged)? {
+    if let Some(done) = unchanged(shared, peer, begin, root)? {
+        if let Some(stage) = staged.take_stage() {
+            shared.store.discard(stage)?;
+        }
         return Ok(done);
     }
     // Ancestors of a flat set are only read from: keep them small.
@@ -518,13 +539,18 @@ fn store_set(
     };
     let assembler = Assembler {
         store: &shared.store,
-        held,
+        held: &held,
         peer,
         job,
         layout,
         directory: staged.directory.clone(),
     };
-    let assembled = assembler.assemble()?;
+    let assembled = assembler.assemble().inspect_err(|error| {
+        let is_full = matches!(error, TransferError::Store(error) if error.is_out_of_space());
+        if let (true, Some(stage)) = (is_full, staged.take_stage()) {
+            let _ = shared.store.discard(stage);
+        }
+    })?;
     let completeness = one_word(&assembled.completeness);
     let stage = staged.take_stage().ok_or(TransferError::Cancelled)?;
     let keep_link = job
@@ -543,12 +569,15 @@ fn store_set(
         base: assembled.base,
         keep_link: keep_link.filter(|_| layout == Layout::Faithful),
         image_bytes: begin.total_bytes,
-        keep: shared.keep,
     };
     let digests = assembled.digests.iter().flatten().copied();
     let published = shared
         .store
         .publish(stage, new, &assembled.files, digests)?;
+    drop(held);
+    if let Err(error) = shared.store.tidy(name.as_deref(), shared.keep) {
+        tracing::warn!("{error}; old generations stay");
+    }
     let path = shared
         .store
         .directory_of(&published.record)
@@ -571,14 +600,13 @@ fn store_set(
     Ok((to_published(begin.set, &received), received))
 }
 
-// The same set is there under this name already, in this layout.
+// The set with this root is there under this name already, in this layout.
 fn unchanged(
     shared: &Shared,
     peer: [u8; 32],
-    job: &StoreJob,
-    staged: &Staged,
+    begin: &BeginSet,
+    root: Digest,
 ) -> Result<Option<(Published, Received)>, TransferError> {
-    let begin = &job.begin;
     if begin.ancestor || begin.base_name.is_some() {
         return Ok(None);
     }
@@ -586,14 +614,11 @@ fn unchanged(
     let records = shared.store.records()?;
     let same = current.filter(|record| {
         record.peer == peer
-            && record.root == job.manifest.root()
+            && record.root == root
             && record.layout == shared.layout
             && shared.store.is_sound(record, &records)
     });
     let Some(record) = same else { return Ok(None) };
-    if let Some(stage) = staged.take_stage() {
-        shared.store.discard(stage)?;
-    }
     let base = record.base.map(|id| shared.store.name_of(id)).transpose()?;
     let received = Received {
         name: record.name.clone(),
