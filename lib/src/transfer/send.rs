@@ -110,6 +110,7 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
     let planning = spawn_blocking(move || plan(&directory, name, base, page_size, &recalled));
     let (sets, plans) = planning.await.expect("planning does not panic")?;
     let connection = connect(&options).await?;
+    let _ends_with_this = EndOnDrop(connection.clone());
 
     let (own, expected) = match &options.target {
         Target::Ticket(ticket) => {
@@ -145,6 +146,17 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
                 .await;
             Err(error)
         }
+    }
+}
+
+/// Ends the connection when the transfer is dropped: tasks that read from it would keep it open, and
+/// the destination would wait for the rest.
+struct EndOnDrop(Connection);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        // Does nothing where it has been closed before.
+        self.0.close(CloseCode::Cancelled, "the sender was stopped");
     }
 }
 
