@@ -170,7 +170,7 @@ impl Index {
     pub fn find(&self, id: BlockId) -> Option<(Digest, BlockRef)> {
         let mask = self.slots - 1;
         let mut slot = slot_of(id, mask);
-        // Counted, because a damaged table may have no empty slot to end at.
+        // A whole index has empty slots; a damaged one may have none, and must not hold us up.
         for _ in 0..self.slots {
             let number = self.slot(slot).checked_sub(1)? as usize;
             if number >= self.blocks() {
