@@ -190,9 +190,7 @@ impl Destination {
         found: &[Option<(Digest, Place)>],
     ) -> Result<(), SessionError> {
         let receiving = self.receiving(at.set)?;
-        let lacking = receiving
-            .recipe
-            .set_ids(at.file, at.segment, ids, found)?;
+        let lacking = receiving.recipe.set_ids(at.file, at.segment, ids, found)?;
         self.send(Message::Lacking(at, lacking));
         Ok(())
     }
@@ -249,8 +247,7 @@ impl Destination {
             .recipe
             .set_frame(header.file, header.segment, ops, digests)?;
         receiving.frames += 1;
-        let State::Receiving(receiving) = std::mem::replace(&mut self.state, State::Failed)
-        else {
+        let State::Receiving(receiving) = std::mem::replace(&mut self.state, State::Failed) else {
             unreachable!("checked above");
         };
         self.state = self.receive_or_store(receiving, None)?;

@@ -619,7 +619,10 @@ impl Sending {
     }
 
     fn is_complete(&self) -> bool {
-        self.all_started && self.scanning == 0 && self.asked.is_empty() && self.frames_in_flight == 0
+        self.all_started
+            && self.scanning == 0
+            && self.asked.is_empty()
+            && self.frames_in_flight == 0
     }
 
     fn put(&mut self, at: SegmentAt, digests: Vec<Digest>) {
