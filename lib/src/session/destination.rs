@@ -45,7 +45,8 @@ pub enum DestinationCommand {
     Send(Message),
     /// Look sets up by their roots; answer with `handle_roots_found`.
     FindRoots(Vec<Digest>),
-    /// Make room for a set; answer with `handle_prepared`.
+    /// Make room for a set; answer with `handle_prepared`, or with `handle_stored` if the set whose
+    /// root it names stands there already.
     Prepare(BeginSet, Vec<FileMeta>),
     /// Look a whole segment up; answer with `handle_segment_found`.
     FindSegment(SegmentAt, Digest),
@@ -118,7 +119,8 @@ impl Destination {
         self.liveness.heard = now;
         match message {
             Message::Failure(failure) => return Err(SessionError::Peer(failure)),
-            Message::Working => return Ok(()),
+            // Whoever has not shown a ticket yet must not keep a place by that.
+            Message::Working if !matches!(self.state, State::AwaitHello) => return Ok(()),
             _ => {}
         }
         self.state = match (std::mem::replace(&mut self.state, State::Failed), message) {
@@ -254,10 +256,13 @@ impl Destination {
 
     /// The set is stored: visible, and durable where its place is.
     pub fn handle_stored(&mut self, published: Published) {
-        if let State::Storing(set) = self.state {
-            self.send(Message::Published(Published { set, ..published }));
-            self.state = State::AwaitSet;
-        }
+        let set = match &self.state {
+            State::Storing(set) => *set,
+            State::Preparing(begin, _) => begin.set,
+            _ => return,
+        };
+        self.send(Message::Published(Published { set, ..published }));
+        self.state = State::AwaitSet;
     }
 
     fn greeted(&mut self, hello: &Hello) -> Result<State, SessionError> {

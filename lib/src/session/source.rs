@@ -11,11 +11,11 @@ use crate::wire::{
     BeginSet, BlockId, Hello, Layout, Message, Op, Published, SegmentAt, VERSIONS, Welcome, limits,
 };
 
-/// Segments that are read and hashed at the same time: keeps two to four cores busy.
-const SCANS_IN_FLIGHT: usize = 8;
+/// Segments that are read and hashed at the same time: keeps up to four cores busy.
+const SCANS_IN_FLIGHT: usize = 4;
 
-/// Frames that wait for the streams: 16 MiB at most, enough to cover a scheduling hiccup.
-const FRAMES_IN_FLIGHT: usize = 16;
+/// Frames that wait for the streams: 8 MiB at most, enough to cover a scheduling hiccup.
+const FRAMES_IN_FLIGHT: usize = 8;
 
 /// Questions that wait for an answer. They cost a few bytes each; this many cover 2 GiB, so that a
 /// long round trip does not slow hashing down.
@@ -142,6 +142,7 @@ pub struct Source {
     state: State,
     sending: Sending,
     published: Vec<Published>,
+    leaves: SetLeaves,
     counts: PageCounts,
     layout: Layout,
     commands: VecDeque<SourceCommand>,
@@ -175,6 +176,7 @@ impl Source {
             state: State::AwaitWelcome,
             sending: Sending::default(),
             published: Vec::new(),
+            leaves: SetLeaves::new(),
             counts: PageCounts::default(),
             layout: Layout::Faithful,
             commands: VecDeque::from([SourceCommand::Send(Message::Hello(hello))]),
@@ -200,6 +202,11 @@ impl Source {
     /// Which set of the plan is being sent.
     pub fn set_index(&self) -> usize {
         self.index
+    }
+
+    /// The digests of the set that was ended last, once.
+    pub fn take_leaves(&mut self) -> SetLeaves {
+        std::mem::take(&mut self.leaves)
     }
 
     /// How the destination lays sets out; known after its first message.
@@ -242,6 +249,14 @@ impl Source {
             }
             (State::Sending, Message::SegmentState(at, held)) => self.told_segment(now, at, held),
             (State::Sending, Message::Lacking(at, lacking)) => self.told_lacking(now, at, &lacking),
+            // The set stands there already; only one whose root was named can.
+            (State::AwaitReady, Message::Published(published))
+                if published.set == self.number && self.plan[self.index].leaves.is_some() =>
+            {
+                self.parent = self.plan[self.index].root(self.parent);
+                self.published.push(published);
+                self.next_set(now)
+            }
             (State::AwaitPublished, Message::Published(published))
                 if published.set == self.number =>
             {
@@ -326,6 +341,7 @@ impl Source {
                 .parent
                 .map(|root| (root, set.parent_link.clone().unwrap_or_default())),
             base_name: set.base_name.clone(),
+            root: set.root(self.parent),
         };
         let mut messages = vec![Message::BeginSet(begin)];
         for files in set.files.chunks(limits::FILES_PER_MESSAGE) {
@@ -483,7 +499,11 @@ impl Source {
             frames: self.sending.frames,
         });
         self.state = State::AwaitPublished;
-        self.sending = Sending::default();
+        let segments = std::mem::take(&mut self.sending).segments;
+        self.leaves = segments
+            .into_iter()
+            .map(|file| file.into_iter().flatten().collect())
+            .collect();
         self.liveness.said = now;
     }
 

@@ -41,6 +41,19 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether there was no room.
+    pub fn is_out_of_space(&self) -> bool {
+        let full = |source: &io::Error| {
+            matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            )
+        };
+        matches!(self, Self::Io { source, .. } if full(source))
+    }
+}
+
 fn explain(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::StorageFull => {

@@ -33,6 +33,24 @@ impl Map {
 pub(crate) fn is_durable(path: &Path) -> io::Result<bool> {
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;
-    let kind = rustix::fs::statfs(path)?.f_type;
-    Ok(!matches!(kind.cast_unsigned(), TMPFS | RAMFS))
+    Ok(!matches!(file_system(path)?, TMPFS | RAMFS))
+}
+
+/// Whether `path` lies on a file system that other hosts may write to.
+pub(crate) fn is_remote(path: &Path) -> io::Result<bool> {
+    const NFS: u64 = 0x6969;
+    const SMB2: u64 = 0xfe53_4d42;
+    const CIFS: u64 = 0xff53_4d42;
+    const CEPH: u64 = 0x00c3_6400;
+    const FUSE: u64 = 0x6573_5546;
+    const V9FS: u64 = 0x0102_1997;
+    Ok(matches!(
+        file_system(path)?,
+        NFS | SMB2 | CIFS | CEPH | FUSE | V9FS
+    ))
+}
+
+// The kernel's magic number; the field is signed on some architectures.
+fn file_system(path: &Path) -> io::Result<u64> {
+    Ok(rustix::fs::statfs(path)?.f_type.cast_unsigned())
 }

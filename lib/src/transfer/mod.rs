@@ -7,6 +7,7 @@ mod chain;
 mod error;
 mod event;
 mod files;
+mod memo;
 mod pack;
 mod plan;
 mod recv;

@@ -11,13 +11,19 @@ use super::plan::SourceSet;
 use crate::delta::FileMeta;
 use crate::delta::codec::{CodecPolicy, Compressor, Sent, pack};
 use crate::session::SessionError;
-use crate::transport::Connection;
+use crate::transport::BulkSender;
 use crate::wire::{Codec, FrameHeader, Op, SegmentAt, encode_ops};
 
 thread_local! {
     // A zstd context is a few hundred kilobytes: one for each thread that packs.
     static COMPRESSOR: RefCell<Option<Compressor>> = const { RefCell::new(None) };
 }
+
+/// With a rate limit, frames are handed over in pieces of this length: 20 ms at 800 KB/s.
+const RATE_PIECE: usize = 16 << 10;
+
+/// Headers of QUIC, UDP and IP take about one byte in this many of a 1,472-byte packet's payload.
+const PACKET_OVERHEAD: u64 = 24;
 
 /// A frame ready for its stream.
 #[derive(Debug)]
@@ -31,20 +37,16 @@ pub(super) struct Packed {
 #[derive(Debug)]
 pub(super) struct Packer {
     sets: Arc<Vec<SourceSet>>,
-    connection: Connection,
     bytes_per_s: Option<u64>,
     begun: Instant,
     policy: Mutex<CodecPolicy>,
     last_sent: Mutex<Instant>,
+    free_at: Mutex<Instant>,
 }
 
 impl Packer {
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
-    pub(super) fn new(
-        sets: Arc<Vec<SourceSet>>,
-        connection: Connection,
-        bytes_per_s: Option<u64>,
-    ) -> Self {
+    pub(super) fn new(sets: Arc<Vec<SourceSet>>, bytes_per_s: Option<u64>) -> Self {
         let begun = Instant::now();
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let mut policy = CodecPolicy::new(threads.min(super::send::BULK_STREAMS));
@@ -54,11 +56,11 @@ impl Packer {
         }
         Self {
             sets,
-            connection,
             bytes_per_s,
             begun,
             policy: Mutex::new(policy),
             last_sent: Mutex::new(begun),
+            free_at: Mutex::new(begun),
         }
     }
 
@@ -161,22 +163,36 @@ impl Packer {
         })
     }
 
-    /// Waits until the rate that the user allows has room.
-    pub(super) async fn wait_for_rate(&self) {
-        let Some(rate) = self.bytes_per_s else { return };
-        loop {
-            let sent = self.connection.wire_bytes().0;
-            #[expect(
-                clippy::cast_precision_loss,
-                reason = "microseconds do not matter here"
-            )]
-            let due = Duration::from_secs_f64(sent as f64 / rate.max(1) as f64);
-            let elapsed = self.clock() - self.begun;
-            if due <= elapsed {
-                return;
+    /// Hands a frame to its stream, no faster than the user allows.
+    pub(super) async fn write(
+        &self,
+        stream: &mut BulkSender,
+        mut parts: [Bytes; 2],
+    ) -> Result<(), TransferError> {
+        let Some(rate) = self.bytes_per_s else {
+            return Ok(stream.write_parts(&mut parts).await?);
+        };
+        for mut part in parts {
+            while !part.is_empty() {
+                let piece = part.split_to(part.len().min(RATE_PIECE));
+                self.wait_for_turn(piece.len() as u64, rate).await;
+                stream.write(piece).await?;
             }
-            tokio::time::sleep((due - elapsed).min(Duration::from_millis(50))).await;
         }
+        Ok(())
+    }
+
+    // Pieces of all streams queue behind one another: each has its time from the one before.
+    async fn wait_for_turn(&self, bytes: u64, rate: u64) {
+        let on_wire = bytes + bytes / PACKET_OVERHEAD;
+        let takes = Duration::from_nanos(on_wire.saturating_mul(1_000_000_000) / rate.max(1));
+        let turn = {
+            let mut free = lock(&self.free_at);
+            let turn = (*free).max(self.clock());
+            *free = turn + takes;
+            turn
+        };
+        tokio::time::sleep_until(turn.into()).await;
     }
 
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]

@@ -5,15 +5,17 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use rustix::fs::SeekFrom;
 
 use super::TransferError;
+use super::memo::Memo;
 use crate::delta::{FileMeta, FileName, SetName};
 use crate::digest::{Digest, hash_blocks};
 use crate::image::{Chain, Completeness, FileStat, ImageDir, ImageError, Inventory, Listing};
 use crate::page::PageSize;
-use crate::session::{SessionError, SetPlan};
+use crate::session::{SessionError, SetLeaves, SetPlan};
 use crate::wire::limits;
 
 /// Files that stay open while a set is read; image directories can have 100,000.
@@ -111,8 +113,33 @@ impl SourceSet {
         }
     }
 
+    fn recall(&self, memo: &Memo) -> Option<SetLeaves> {
+        memo.recall(self.dir.path(), &self.listing, &self.files)
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "compared with the files' times")]
+    fn recall_or_digest(&self, memo: &Memo) -> Result<SetLeaves, TransferError> {
+        if let Some(leaves) = self.recall(memo) {
+            return Ok(leaves);
+        }
+        let begun = SystemTime::now();
+        let leaves = self.leaves()?;
+        self.remember(memo, begun, &leaves);
+        Ok(leaves)
+    }
+
+    /// Remembers digests that were computed after `begun`.
+    pub(super) fn remember(&self, memo: &Memo, begun: SystemTime, leaves: &[Vec<Digest>]) {
+        memo.remember(self.dir.path(), begun, &self.listing, &self.files, leaves);
+    }
+
+    /// Remembered digests turned out wrong.
+    pub(super) fn forget(&self, memo: &Memo) {
+        memo.forget(self.dir.path());
+    }
+
     /// Digests of all blocks of all files, with every core.
-    fn leaves(&self) -> Result<Vec<Vec<Digest>>, TransferError> {
+    fn leaves(&self) -> Result<SetLeaves, TransferError> {
         let jobs: Vec<_> = (0u32..)
             .zip(&self.files)
             .flat_map(|(file, meta)| (0..meta.segments()).map(move |segment| (file, segment)))
@@ -165,6 +192,7 @@ pub(super) fn plan(
     name: Option<SetName>,
     base_name: Option<SetName>,
     page_size: Option<PageSize>,
+    memo: &Memo,
 ) -> Result<(Vec<SourceSet>, Vec<SetPlan>), TransferError> {
     let chain = Chain::open(directory, page_size)?;
     if let damaged @ Completeness::Damaged(_) = chain.completeness() {
@@ -190,7 +218,11 @@ pub(super) fn plan(
             parent_link: set.listing.parent.as_ref().map(|link| link.text.clone()),
             files: set.files.clone(),
             base_name: base_name.clone().filter(|_| is_last),
-            leaves: if is_last { None } else { Some(set.leaves()?) },
+            leaves: if is_last {
+                set.recall(memo)
+            } else {
+                Some(set.recall_or_digest(memo)?)
+            },
         });
         sets.push(set);
     }

@@ -4,13 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 use super::event::{Event, Events};
+use super::memo::Memo;
 use super::pack::{Packed, Packer};
 use super::plan::{SourceSet, plan};
 use super::{TransferError, software};
@@ -18,13 +19,13 @@ use crate::delta::SetName;
 use crate::digest::Digest;
 use crate::identity::Fingerprint;
 use crate::page::PageSize;
-use crate::session::{PageCounts, Source, SourceCommand, SourceConfig};
+use crate::session::{PageCounts, SessionError, Source, SourceCommand, SourceConfig};
 use crate::ticket::{Role, Ticket, proof};
 use crate::transport::{
     self, BulkSender, CloseCode, Connection, ControlReceiver, ControlSender, Identity,
     TransportError,
 };
-use crate::wire::{Failure, Message, Op, Published, SegmentAt, limits};
+use crate::wire::{Failure, FailureCode, Message, Op, Published, SegmentAt, limits};
 
 /// Streams that carry frames. Two keep one frame's preparation from holding up the next.
 pub(super) const BULK_STREAMS: usize = 2;
@@ -63,6 +64,8 @@ pub struct SendOptions {
     pub target: Target,
     /// This host's key.
     pub identity: Identity,
+    /// Where digests of what was sent are remembered, so that unchanged files are not read again.
+    pub memo: Option<PathBuf>,
     /// Settings of the connection.
     pub transport: transport::Options,
     /// Who is told what happens.
@@ -102,9 +105,12 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
         options.base.clone(),
         options.page_size,
     );
-    let planning = spawn_blocking(move || plan(&directory, name, base, page_size));
+    let memo = Memo::new(options.memo.clone());
+    let (recalled, digested) = (memo.clone(), SystemTime::now());
+    let planning = spawn_blocking(move || plan(&directory, name, base, page_size, &recalled));
     let (sets, plans) = planning.await.expect("planning does not panic")?;
     let connection = connect(&options).await?;
+    let _ends_with_this = EndOnDrop(connection.clone());
 
     let (own, expected) = match &options.target {
         Target::Ticket(ticket) => {
@@ -126,18 +132,31 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
     match outcome {
         Ok(published) => {
             let mut report = driver.report(published);
-            connection.close_and_tell(CloseCode::Done, "").await;
             report.wire_bytes = connection.wire_bytes();
             report.elapsed = begun.elapsed();
+            connection.close_and_tell(CloseCode::Done, "").await;
+            driver.remember(memo, digested).await;
             Ok(report)
         }
         Err(error) => {
             let error = driver.give_up(error).await;
+            driver.forget_if_wrong(&memo, &error);
             connection
                 .close_and_tell(error.close_code(), &error.to_string())
                 .await;
             Err(error)
         }
+    }
+}
+
+/// Ends the connection when the transfer is dropped: tasks that read from it would keep it open, and
+/// the destination would wait for the rest.
+struct EndOnDrop(Connection);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        // Does nothing where it has been closed before.
+        self.0.close(CloseCode::Cancelled, "the sender was stopped");
     }
 }
 
@@ -153,7 +172,10 @@ enum Input {
     Message(Message),
     Ended(TransferError),
     Scanned(SegmentAt, Option<Bytes>, Vec<Digest>),
-    FrameSent { compressed_pages: u64 },
+    FrameSent {
+        at: SegmentAt,
+        compressed_pages: u64,
+    },
     Failed(TransferError),
 }
 
@@ -178,6 +200,9 @@ struct Driver<'a> {
     kept: Kept,
     events: &'a Events,
     sent_sets: Vec<usize>,
+    scanned_bytes: u64,
+    // Of the scanned ones, those of segments that have a frame which is not with the transport yet.
+    queued_bytes: u64,
     done_bytes: u64,
     compressed_pages: u64,
 }
@@ -194,11 +219,7 @@ impl<'a> Driver<'a> {
         let (frames, jobs) = mpsc::unbounded_channel();
         let sets = Arc::new(sets);
         let jobs = Arc::new(tokio::sync::Mutex::new(jobs));
-        let packer = Arc::new(Packer::new(
-            sets.clone(),
-            connection.clone(),
-            options.bytes_per_s,
-        ));
+        let packer = Arc::new(Packer::new(sets.clone(), options.bytes_per_s));
         for _ in 0..BULK_STREAMS {
             let stream = connection.open_bulk().await?;
             tokio::spawn(send_frames(
@@ -220,6 +241,8 @@ impl<'a> Driver<'a> {
             kept: Kept::default(),
             events: &options.events,
             sent_sets: Vec::new(),
+            scanned_bytes: 0,
+            queued_bytes: 0,
             done_bytes: 0,
             compressed_pages: 0,
         })
@@ -252,11 +275,17 @@ impl<'a> Driver<'a> {
                 if let Some(bytes) = bytes {
                     self.kept.put(at, bytes);
                 }
-                self.progress(at);
+                self.scanned_bytes += self.segment_bytes(self.in_plan(at));
+                self.progress();
                 Ok(self.source.handle_scanned(now, at, digests)?)
             }
-            Input::FrameSent { compressed_pages } => {
+            Input::FrameSent {
+                at,
+                compressed_pages,
+            } => {
                 self.compressed_pages += compressed_pages;
+                self.queued_bytes = self.queued_bytes.saturating_sub(self.segment_bytes(at));
+                self.progress();
                 Ok(self.source.handle_frame_sent(now)?)
             }
         }
@@ -271,6 +300,7 @@ impl<'a> Driver<'a> {
             SourceCommand::Scan(at) => self.scan(at),
             SourceCommand::SendFrame(at, ops) => {
                 let bytes = self.kept.take(at);
+                self.queued_bytes += self.segment_bytes(self.in_plan(at));
                 // Fails only when the senders have failed, which an input says.
                 let _ = self.frames.send(FrameJob {
                     number: at.set,
@@ -292,7 +322,7 @@ impl<'a> Driver<'a> {
                 debug_assert!(index < self.sets.len() && remaining > 0);
                 self.skipped = index + 1 - begin.set as usize;
                 self.sent_sets.push(index);
-                self.done_bytes = 0;
+                (self.scanned_bytes, self.done_bytes) = (0, 0);
                 self.events.emit(Event::SetBegun {
                     name: begin.name.to_string(),
                     total_bytes: begin.total_bytes,
@@ -331,11 +361,17 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn progress(&mut self, at: SegmentAt) {
-        let place = self.in_plan(at);
-        let meta = &self.sets[place.set as usize].files[at.file as usize];
+    // `at` has the set's index in the plan.
+    fn segment_bytes(&self, at: SegmentAt) -> u64 {
+        let meta = &self.sets[at.set as usize].files[at.file as usize];
         let range = meta.bytes_of(&meta.segment_range(at.segment));
-        self.done_bytes += range.end - range.start;
+        range.end - range.start
+    }
+
+    fn progress(&mut self) {
+        let done = self.scanned_bytes.saturating_sub(self.queued_bytes);
+        // A segment counts until it turns out that it must be sent: never go back.
+        self.done_bytes = self.done_bytes.max(done);
         let (sent, received) = self.connection.wire_bytes();
         self.events.emit(Event::Progress {
             done_bytes: self.done_bytes,
@@ -362,6 +398,32 @@ impl<'a> Driver<'a> {
             compressed_pages: self.compressed_pages,
             wire_bytes: (0, 0),
             elapsed: Duration::ZERO,
+        }
+    }
+
+    async fn remember(&mut self, memo: Memo, begun: SystemTime) {
+        let (sets, leaves) = (self.sets.clone(), self.source.take_leaves());
+        let remember = move || {
+            if let Some(set) = sets.last() {
+                set.remember(&memo, begun, &leaves);
+            }
+        };
+        spawn_blocking(remember)
+            .await
+            .expect("remembering does not panic");
+    }
+
+    // Digests that were remembered and turned out wrong are not used again.
+    fn forget_if_wrong(&self, memo: &Memo, error: &TransferError) {
+        let is_wrong = match error {
+            TransferError::Session(SessionError::Peer(failure)) => {
+                failure.code == FailureCode::Content
+            }
+            TransferError::Session(SessionError::Changed(_)) => true,
+            _ => false,
+        };
+        if is_wrong {
+            self.sets.iter().for_each(|set| set.forget(memo));
         }
     }
 
@@ -394,7 +456,7 @@ impl<'a> Driver<'a> {
 }
 
 fn peer_failure(failure: Failure) -> TransferError {
-    crate::session::SessionError::Peer(failure).into()
+    SessionError::Peer(failure).into()
 }
 
 async fn read_messages(mut messages: ControlReceiver, input: mpsc::UnboundedSender<Input>) {
@@ -403,7 +465,7 @@ async fn read_messages(mut messages: ControlReceiver, input: mpsc::UnboundedSend
         let next = match read {
             Ok(Some(bytes)) => match Message::decode(&bytes) {
                 Ok(message) => Input::Message(message),
-                Err(error) => Input::Failed(crate::session::SessionError::from(error).into()),
+                Err(error) => Input::Failed(SessionError::from(error).into()),
             },
             Ok(None) => Input::Ended(TransportError::CutShort.into()),
             Err(error) => Input::Ended(error.into()),
@@ -425,10 +487,14 @@ async fn send_frames(
         let Some(job) = jobs.lock().await.recv().await else {
             return;
         };
+        let at = job.at;
         let result = send_frame(&mut stream, job, &packer).await;
         let failed = result.is_err();
         let next = match result {
-            Ok(compressed_pages) => Input::FrameSent { compressed_pages },
+            Ok(compressed_pages) => Input::FrameSent {
+                at,
+                compressed_pages,
+            },
             Err(error) => Input::Failed(error),
         };
         if input.send(next).is_err() || failed {
@@ -445,13 +511,12 @@ async fn send_frame(
     let packing = packer.clone();
     let pack = spawn_blocking(move || packing.pack(job.at, job.number, &job.ops, job.bytes));
     let Packed {
-        mut parts,
+        parts,
         compressed_pages,
         wire_len,
     } = pack.await.expect("packing does not panic")?;
-    packer.wait_for_rate().await;
     let begun = packer.clock();
-    stream.write_parts(&mut parts).await?;
+    packer.write(stream, parts).await?;
     packer.sent(wire_len, begun);
     Ok(compressed_pages)
 }

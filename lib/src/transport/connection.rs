@@ -138,9 +138,11 @@ impl Connection {
 
     /// Ends the connection and waits until the packet that says so has left, at most 200 ms.
     pub async fn close_and_tell(&self, code: CloseCode, reason: &str) {
+        // A closed connection sends nothing but that packet (quinn does not count the frame).
+        let before = self.inner.stats().udp_tx.datagrams;
         self.close(code, reason);
         let left = async {
-            while self.inner.stats().frame_tx.connection_close == 0 {
+            while self.inner.stats().udp_tx.datagrams == before {
                 sleep(Duration::from_millis(1)).await;
             }
         };

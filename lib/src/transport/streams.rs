@@ -167,6 +167,16 @@ impl BulkReceiver {
         }
     }
 
+    /// The next `len` bytes; the stream must not end before. `len` must be within a limit.
+    pub async fn read_vec(&mut self, len: usize) -> Result<Vec<u8>, TransportError> {
+        let mut bytes = Vec::with_capacity(len);
+        while bytes.len() < len {
+            let chunk = self.inner.read_chunk(len - bytes.len(), true).await?;
+            bytes.extend_from_slice(&chunk.ok_or(TransportError::CutShort)?.bytes);
+        }
+        Ok(bytes)
+    }
+
     /// Tells the peer to stop sending.
     pub fn stop(&mut self, code: CloseCode) {
         // Fails only if the stream has ended already.

@@ -133,6 +133,7 @@ async fn a_certificate_without_its_key_is_worthless() {
 }
 
 #[tokio::test]
+#[expect(clippy::disallowed_methods, reason = "it measures real time")]
 async fn nobody_listening_is_said_soon_and_by_address() {
     let gone = server(Trust::Anyone);
     let addresses = gone.local_addresses().unwrap();

@@ -47,7 +47,7 @@ pub struct Options {
     /// Packets after which the peer acknowledges. Default 10 (QUIC's own is 2): no difference in
     /// bytes or time was seen between hosts that receive in batches anyway.
     pub packets_per_ack: u32,
-    /// Silence after which a connection counts as lost. Default 30 s; keep-alives are sent after a
+    /// Silence after which a connection counts as lost. Default 15 s; keep-alives are sent after a
     /// sixth of it, so a long freeze or restore does not end a connection.
     pub idle_timeout: Duration,
 }
@@ -62,7 +62,7 @@ impl Default for Options {
             send_window: 16 << 20,
             socket_buffer: 16 << 20,
             packets_per_ack: 10,
-            idle_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(15),
         }
     }
 }

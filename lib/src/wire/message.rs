@@ -117,6 +117,8 @@ pub struct BeginSet {
     pub parent: Option<(Digest, String)>,
     /// The received set to build on, where the operator names one.
     pub base_name: Option<SetName>,
+    /// Its root digest, where the source knows it before it has read the files.
+    pub root: Option<Digest>,
 }
 
 /// One segment of one file of one set.
@@ -469,6 +471,7 @@ impl BeginSet {
                 .as_ref()
                 .map(ToString::to_string)
                 .unwrap_or_default(),
+            root: self.root.map(|root| root.0.to_vec()).unwrap_or_default(),
         }
     }
 
@@ -481,6 +484,7 @@ impl BeginSet {
         }
         let parent = optional_32(&begin.parent_root, "parent")?;
         let link = text(begin.parent_link)?;
+        let root = optional_32(&begin.root, "root")?.map(Digest);
         Ok(Self {
             set: begin.set,
             name: SetName::new(begin.name)?,
@@ -494,6 +498,7 @@ impl BeginSet {
                 .filter(|name| !name.is_empty())
                 .map(SetName::new)
                 .transpose()?,
+            root,
         })
     }
 }
@@ -698,6 +703,7 @@ mod tests {
                 total_bytes: 5,
                 parent: Some((Digest([2; 32]), "../2".into())),
                 base_name: Some(SetName::new("2").unwrap()),
+                root: Some(Digest([9; 32])),
             }),
             Message::Files {
                 set: 1,

@@ -118,6 +118,9 @@ pub struct BeginSet {
     /// a received set to build on, chosen by the operator; may be empty
     #[prost(string, tag = "10")]
     pub base_name: ::prost::alloc::string::String,
+    /// root digest, where the source knows it already; else empty
+    #[prost(bytes = "vec", tag = "11")]
+    pub root: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct File {
@@ -140,7 +143,8 @@ pub struct Files {
     #[prost(message, repeated, tag = "2")]
     pub files: ::prost::alloc::vec::Vec<File>,
 }
-/// destination -> source, after the last Files.
+/// destination -> source, after the last Files. Published comes in its place where the set stands
+/// there already with the root that BeginSet names.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SetReady {
     #[prost(uint32, tag = "1")]
@@ -379,9 +383,9 @@ pub struct SetRecord {
     pub base: u64,
     #[prost(uint64, tag = "10")]
     pub created_unix_s: u64,
-    /// of its directory: finds it again under whichever name
+    /// of inode and birth time: finds it again under whichever name
     #[prost(uint64, tag = "11")]
-    pub inode: u64,
+    pub directory_id: u64,
     /// size of the source's files
     #[prost(uint64, tag = "12")]
     pub image_bytes: u64,
@@ -398,4 +402,30 @@ pub struct PartialRecord {
     pub name: ::prost::alloc::string::String,
     #[prost(uint64, tag = "3")]
     pub page_size: u64,
+}
+/// What a source remembers of a directory that it has digested, beside an index of its blocks: the
+/// digests hold while every file's status is the same.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SourceRecord {
+    #[prost(message, repeated, tag = "1")]
+    pub files: ::prost::alloc::vec::Vec<SourceFile>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SourceFile {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub inode: u64,
+    #[prost(uint64, tag = "3")]
+    pub size: u64,
+    #[prost(uint32, tag = "4")]
+    pub mode: u32,
+    #[prost(int64, tag = "5")]
+    pub mtime_s: i64,
+    #[prost(uint64, tag = "6")]
+    pub mtime_ns: u64,
+    #[prost(int64, tag = "7")]
+    pub ctime_s: i64,
+    #[prost(uint64, tag = "8")]
+    pub ctime_ns: u64,
 }

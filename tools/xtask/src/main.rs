@@ -1,6 +1,24 @@
-//! Developer commands, run as `cargo xtask COMMAND`.
+//! Developer commands of crxfer: `cargo xtask demo`, `cargo xtask test`, `cargo xtask ci`.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "tests and demo measure real time"
+)]
 
+mod apt;
+mod checkpoint;
+mod ci;
+mod criu;
+mod crxfer;
+mod demo;
+mod e2e;
+mod hosts;
+mod licences;
 mod proto;
+mod run;
+mod scratch;
+mod table;
+mod tests;
+mod workload;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,28 +34,52 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Move a running memcached from one host to another and show what that cost
+    Demo(demo::Options),
+    /// Run the tests: of every crate, then end to end with real CRIU
+    Test(tests::Options),
+    /// Run only the end-to-end tests (root and CRIU)
+    E2e(e2e::Options),
+    /// Run everything that a change must pass
+    Ci,
+    /// Put CRIU 4.2 or later on this Debian machine
+    InstallCriu {
+        /// More options for the script: --bin, --home, --suite, --min
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Generate Rust from the .proto files
     Proto {
         /// Change nothing; fail if the committed Rust is not up to date
         #[arg(long)]
         check: bool,
     },
+    /// Check the licence and origin of every dependency
+    Licences,
+    /// Process 1 of a test host
+    #[command(hide = true)]
+    Init,
+    /// Remove directories once the caller is gone
+    #[command(hide = true)]
+    Guard { directories: Vec<PathBuf> },
 }
 
 fn main() -> ExitCode {
-    let workspace = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
-    let result: Result<(), Box<dyn std::error::Error>> = match Arguments::parse().command {
-        Command::Proto { check } => proto::run(&workspace, check).map_err(Into::into),
+    let outcome = match Arguments::parse().command {
+        Command::Demo(options) => demo::run(&options),
+        Command::Test(options) => tests::run(&options),
+        Command::E2e(options) => e2e::run(&options),
+        Command::Ci => ci::run(),
+        Command::InstallCriu { options } => criu::install(&options),
+        Command::Licences => licences::check(),
+        Command::Proto { check } => proto::run(run::workspace(), check).map_err(Into::into),
+        Command::Init => hosts::init(),
+        Command::Guard { directories } => scratch::guard(&directories),
     };
-    match result {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                eprintln!("  because: {error}");
-                cause = error.source();
-            }
+            eprintln!("xtask: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -22,7 +22,9 @@ use crate::ticket::{Role, proof};
 use crate::transfer::assemble::Assembler;
 use crate::transfer::event::{Event, Received};
 use crate::transfer::{TransferError, software};
-use crate::transport::{BulkReceiver, Connection, ControlReceiver, ControlSender, TransportError};
+use crate::transport::{
+    BulkReceiver, Connection, ControlReceiver, ControlSender, HANDSHAKE_TIMEOUT, TransportError,
+};
 use crate::wire::{
     BeginSet, BlockId, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError,
     decode_ops, limits,
@@ -45,10 +47,13 @@ pub(super) async fn serve(
     let address = connection.remote_address();
     let peer = connection.peer();
     shared.events.emit(Event::Connected { address, peer });
-    let (control, messages) = connection.accept_control().await?;
+    // Until then nobody watches the peer: it must not hold its place by saying nothing.
+    let begun = tokio::time::timeout(HANDSHAKE_TIMEOUT, connection.accept_control()).await;
+    let (control, messages) =
+        begun.map_err(|_| SessionError::Silent(HANDSHAKE_TIMEOUT.as_secs()))??;
     let mut driver = Driver::new(&connection, shared.clone(), control);
     let outcome = driver.run(messages).await;
-    driver.keep_partial();
+    driver.keep_partial(outcome.as_ref().err());
     match outcome {
         Ok(()) => Ok(()),
         Err(error) => {
@@ -233,9 +238,7 @@ impl<'a> Driver<'a> {
 
     fn find_roots(&mut self, roots: &[Digest]) -> Result<(), TransferError> {
         let peer = self.connection.peer().0;
-        let find =
-            |root| Ok::<_, TransferError>(self.shared.store.find_root(&peer, root)?.is_some());
-        let held = roots.iter().map(find).collect::<Result<_, _>>()?;
+        let held = self.shared.store.find_chain(&peer, roots)?;
         self.destination.handle_roots_found(held);
         Ok(())
     }
@@ -247,18 +250,13 @@ impl<'a> Driver<'a> {
             total_bytes: begin.total_bytes,
             ancestor: begin.ancestor,
         });
-        let (store, input, peer) = (
-            self.shared.store.clone(),
+        let (shared, input, peer) = (
+            self.shared.clone(),
             self.input.clone(),
             self.connection.peer().0,
         );
         spawn_blocking(move || {
-            let prepared = Staged::prepare(store, &peer, &begin, files).map(|(staged, held)| {
-                Input::Prepared {
-                    staged: Arc::new(staged),
-                    held: Arc::new(held),
-                }
-            });
+            let prepared = prepare_set(&shared, peer, &begin, files);
             let _ = input.blocking_send(prepared.unwrap_or_else(Input::Failed));
         });
     }
@@ -302,7 +300,7 @@ impl<'a> Driver<'a> {
             self.connection.peer().0,
         );
         spawn_blocking(move || {
-            let stored = store_set(&shared, peer, &job, staged, &held);
+            let stored = store_set(&shared, peer, &job, staged, held);
             let _ = input
                 .blocking_send(stored.map_or_else(Input::Failed, |it| Input::Stored(Box::new(it))));
         });
@@ -318,9 +316,13 @@ impl<'a> Driver<'a> {
         });
     }
 
-    // What arrived is kept for the next attempt.
-    fn keep_partial(&mut self) {
-        drop(self.staged.take());
+    // What arrived is kept for the next attempt, unless that would keep the disk full.
+    fn keep_partial(&mut self, error: Option<&TransferError>) {
+        let staged = self.staged.take();
+        let is_full = matches!(error, Some(TransferError::Store(error)) if error.is_out_of_space());
+        if let (true, Some(stage)) = (is_full, staged.and_then(|staged| staged.take_stage())) {
+            let _ = self.shared.store.discard(stage);
+        }
     }
 }
 
@@ -360,13 +362,9 @@ async fn read_frames(
     let mut head = [0; HEADER_LEN];
     while stream.read_exact(&mut head).await? {
         let header = FrameHeader::decode(&head).map_err(SessionError::from)?;
-        let mut ops = vec![0; header.ops_len as usize];
-        stream.read_exact(&mut ops).await?;
+        let ops = stream.read_vec(header.ops_len as usize).await?;
         let ops = decode_ops(&ops).map_err(SessionError::from)?;
-        let mut payload = vec![0; header.payload_len as usize];
-        if header.payload_len > 0 {
-            stream.read_exact(&mut payload).await?;
-        }
+        let payload = stream.read_vec(header.payload_len as usize).await?;
         let frame = Frame {
             header,
             ops,
@@ -392,11 +390,19 @@ struct Staged {
 
 impl Staged {
     fn prepare(
-        store: Store,
+        shared: &Shared,
         peer: &[u8; 32],
         begin: &BeginSet,
         files: Vec<FileMeta>,
     ) -> Result<(Self, Held), TransferError> {
+        let store = shared.store.clone();
+        // What would be refused in the end is refused before the bytes are sent.
+        if !begin.ancestor {
+            store.check_may_publish(begin.name.as_str(), peer, shared.pinned)?;
+        }
+        if let Some(base) = &begin.base_name {
+            store.named_by(base.as_str(), peer)?;
+        }
         let held = store.held_of(peer)?;
         let stage = store.stage(peer, begin.name.as_str(), begin.page_size)?;
         let directory = stage.files();
@@ -491,18 +497,40 @@ fn unpack(frame: &Frame) -> Result<Vec<u8>, TransferError> {
     })
 }
 
+// Makes room, unless the set is there already.
+fn prepare_set(
+    shared: &Shared,
+    peer: [u8; 32],
+    begin: &BeginSet,
+    files: Vec<FileMeta>,
+) -> Result<Input, TransferError> {
+    if let Some(root) = begin.root
+        && let Some(done) = unchanged(shared, peer, begin, root)?
+    {
+        return Ok(Input::Stored(Box::new(done)));
+    }
+    let (staged, held) = Staged::prepare(shared, &peer, begin, files)?;
+    Ok(Input::Prepared {
+        staged: Arc::new(staged),
+        held: Arc::new(held),
+    })
+}
+
 // Assembles and publishes. Runs on a thread of its own.
 fn store_set(
     shared: &Shared,
     peer: [u8; 32],
     job: &StoreJob,
     staged: Arc<Staged>,
-    held: &Held,
+    held: Arc<Held>,
 ) -> Result<(Published, Received), TransferError> {
     let begin = &job.begin;
     let root = job.manifest.root();
     let name = (!begin.ancestor).then(|| begin.name.to_string());
-    if let Some(done) = unchanged(shared, peer, job, &staged)? {
+    if let Some(done) = unchanged(shared, peer, begin, root)? {
+        if let Some(stage) = staged.take_stage() {
+            shared.store.discard(stage)?;
+        }
         return Ok(done);
     }
     // Ancestors of a flat set are only read from: keep them small.
@@ -512,13 +540,18 @@ fn store_set(
     };
     let assembler = Assembler {
         store: &shared.store,
-        held,
+        held: &held,
         peer,
         job,
         layout,
         directory: staged.directory.clone(),
     };
-    let assembled = assembler.assemble()?;
+    let assembled = assembler.assemble().inspect_err(|error| {
+        let is_full = matches!(error, TransferError::Store(error) if error.is_out_of_space());
+        if let (true, Some(stage)) = (is_full, staged.take_stage()) {
+            let _ = shared.store.discard(stage);
+        }
+    })?;
     let completeness = one_word(&assembled.completeness);
     let stage = staged.take_stage().ok_or(TransferError::Cancelled)?;
     let keep_link = job
@@ -537,12 +570,15 @@ fn store_set(
         base: assembled.base,
         keep_link: keep_link.filter(|_| layout == Layout::Faithful),
         image_bytes: begin.total_bytes,
-        keep: shared.keep,
     };
     let digests = assembled.digests.iter().flatten().copied();
     let published = shared
         .store
         .publish(stage, new, &assembled.files, digests)?;
+    drop(held);
+    if let Err(error) = shared.store.tidy(name.as_deref(), shared.keep) {
+        tracing::warn!("{error}; old generations stay");
+    }
     let path = shared
         .store
         .directory_of(&published.record)
@@ -565,25 +601,25 @@ fn store_set(
     Ok((to_published(begin.set, &received), received))
 }
 
-// The same set is there under this name already, in this layout.
+// The set with this root is there under this name already, in this layout.
 fn unchanged(
     shared: &Shared,
     peer: [u8; 32],
-    job: &StoreJob,
-    staged: &Staged,
+    begin: &BeginSet,
+    root: Digest,
 ) -> Result<Option<(Published, Received)>, TransferError> {
-    let begin = &job.begin;
     if begin.ancestor || begin.base_name.is_some() {
         return Ok(None);
     }
     let current = shared.store.current(begin.name.as_str())?;
+    let records = shared.store.records()?;
     let same = current.filter(|record| {
-        record.peer == peer && record.root == job.manifest.root() && record.layout == shared.layout
+        record.peer == peer
+            && record.root == root
+            && record.layout == shared.layout
+            && shared.store.is_sound(record, &records)
     });
     let Some(record) = same else { return Ok(None) };
-    if let Some(stage) = staged.take_stage() {
-        shared.store.discard(stage)?;
-    }
     let base = record.base.map(|id| shared.store.name_of(id)).transpose()?;
     let received = Received {
         name: record.name.clone(),
