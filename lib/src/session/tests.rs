@@ -71,7 +71,8 @@ impl Scene {
             ("ghost-file-1.img".to_owned(), self.odd_bytes(300_000)),
         ];
         // More than a segment of the smallest pages, and files of pages that end within one.
-        files.push(("pages-1.img".to_owned(), self.pages(300)));
+        let most = 20 + 280 * 4096 / self.page_size;
+        files.push(("pages-1.img".to_owned(), self.pages(most)));
         if self.rng.once_in(2) {
             let mut cut = self.pages(20);
             cut.truncate(cut.len().saturating_sub(self.rng.index(5000)));

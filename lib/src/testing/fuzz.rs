@@ -194,6 +194,7 @@ pub fn sample_messages() -> Vec<Message> {
         total_bytes: 5,
         parent: Some((Digest([2; 32]), "../2".into())),
         base_name: Some(set_name("2")),
+        root: Some(Digest([9; 32])),
     };
     let file = FileMeta {
         name: FileName::new("core-1.img").expect("a good name"),

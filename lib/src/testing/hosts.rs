@@ -13,8 +13,8 @@ use crate::session::{
     SourceCommand, SourceConfig, StoreJob,
 };
 use crate::wire::{
-    Codec, FrameHeader, HEADER_LEN, Message, Op, Published, SegmentAt, decode_ops, encode_ops,
-    limits,
+    BeginSet, Codec, FrameHeader, HEADER_LEN, Message, Op, Published, SegmentAt, decode_ops,
+    encode_ops, limits,
 };
 
 /// Why one side ended early.
@@ -234,7 +234,7 @@ pub enum DestinationOutput {
     /// Bytes for the control stream.
     Control(Vec<u8>),
     /// Call `prepared` after a while.
-    Prepare(Vec<FileMeta>),
+    Prepare(BeginSet, Vec<FileMeta>),
     /// Call `write` after a while, then `written`.
     Write(Box<AdmittedFrame>),
     /// Call `store` after a while.
@@ -327,8 +327,8 @@ impl DestinationHost {
                 DestinationCommand::Send(message) => {
                     return Ok(Some(DestinationOutput::Control(framed(&message))));
                 }
-                DestinationCommand::Prepare(_, files) => {
-                    return Ok(Some(DestinationOutput::Prepare(files)));
+                DestinationCommand::Prepare(begin, files) => {
+                    return Ok(Some(DestinationOutput::Prepare(begin, files)));
                 }
                 DestinationCommand::Store(job) => {
                     assert_eq!(self.unwritten, 0, "stored before all was written");
@@ -351,8 +351,12 @@ impl DestinationHost {
         Ok(self.admitted.pop_front().map(DestinationOutput::Write))
     }
 
-    /// Room was made for the set.
-    pub fn prepared(&mut self, files: Vec<FileMeta>) {
+    /// Room was made for the set, unless it stands there.
+    pub fn prepared(&mut self, begin: &BeginSet, files: Vec<FileMeta>) {
+        if let Some(published) = self.store.unchanged(begin) {
+            self.machine.handle_stored(published);
+            return;
+        }
         let lacks_everything = self.store.is_empty();
         self.stage = Some(Stage::new(files));
         self.machine.handle_prepared(lacks_everything);

@@ -114,7 +114,7 @@ struct Attacked {
 }
 
 enum Work {
-    Prepare(Vec<FileMeta>),
+    Prepare(BeginSet, Vec<FileMeta>),
     Write(Box<AdmittedFrame>),
     Written(WrittenFrame),
     Store(Box<StoreJob>),
@@ -173,7 +173,9 @@ impl Attacked {
         while let Some(output) = self.host.poll()? {
             match output {
                 DestinationOutput::Control(_) => {}
-                DestinationOutput::Prepare(files) => self.work.push(Work::Prepare(files)),
+                DestinationOutput::Prepare(begin, files) => {
+                    self.work.push(Work::Prepare(begin, files))
+                }
                 DestinationOutput::Write(frame) => self.work.push(Work::Write(frame)),
                 DestinationOutput::Store(job) => {
                     assert_eq!(self.root, Some(job.manifest.root()), "a root nobody stated");
@@ -211,7 +213,7 @@ impl Attacked {
         }
         let index = usize::from(choices.byte()) % self.work.len();
         match self.work.swap_remove(index) {
-            Work::Prepare(files) => self.host.prepared(files),
+            Work::Prepare(begin, files) => self.host.prepared(&begin, files),
             Work::Write(frame) => {
                 let written = self.host.write(frame)?;
                 self.work.push(Work::Written(written));
@@ -298,6 +300,7 @@ impl Attacked {
             total_bytes: if odd & 2 == 2 { 1 << 29 } else { total },
             parent: (odd & 12 == 12).then(|| (self.manifest().root(), "../0".into())),
             base_name: None,
+            root: (odd & 16 == 16).then(|| self.manifest().root()),
         }
     }
 
@@ -368,6 +371,9 @@ struct Lied {
     begun: u32,
     published: u32,
     expected: BTreeMap<SegmentAt, u32>,
+    // Of the set that was begun last.
+    ready: bool,
+    ended: bool,
     finished: bool,
 }
 
@@ -393,6 +399,8 @@ impl Lied {
             begun: 0,
             published: 0,
             expected: BTreeMap::new(),
+            ready: false,
+            ended: false,
             finished: false,
         }
     }
@@ -493,6 +501,7 @@ impl Lied {
             } => {
                 assert_eq!(*set, self.begun, "another set is ready");
                 self.eager = *lacks_everything;
+                self.ready = true;
             }
             Message::SegmentState(at, _) => {
                 assert!(
@@ -515,6 +524,9 @@ impl Lied {
                 assert_eq!(published.set, self.begun, "another set is published");
                 self.published += 1;
                 assert_eq!(self.published, self.begun, "published before its end");
+                // The first set is an ancestor: its root was named, and it may stand there.
+                let was_there = self.begun == 1 && !self.ready;
+                assert!(self.ended || was_there, "published before its end");
             }
             _ => {}
         }
@@ -545,6 +557,7 @@ impl Lied {
             Message::BeginSet(begin) => {
                 self.begun += 1;
                 assert_eq!(begin.set, self.begun);
+                (self.ready, self.ended) = (false, false);
             }
             Message::SegmentDigest(at, _) => {
                 assert!(self.asked.insert(at, Asked::Segment).is_none());
@@ -554,6 +567,7 @@ impl Lied {
                 assert_eq!(set, self.begun);
                 assert!(self.asked.is_empty() && self.scans.is_empty() && self.frames == 0);
                 assert!(self.expected.is_empty(), "ended without what was asked for");
+                self.ended = true;
             }
             _ => {}
         }

@@ -6,7 +6,7 @@ use crate::delta::{BlockRef, FileMeta, FileName, Manifest, ParentRef, Place, Set
 use crate::digest::{Digest, hash_blocks, is_zero, tree};
 use crate::page::PageSize;
 use crate::session::{SetPlan, StoreJob};
-use crate::wire::{BlockId, Published};
+use crate::wire::{BeginSet, BlockId, Published};
 
 /// No set of a test is larger; what a hostile source announces may be.
 const MOST_BYTES: u64 = 64 << 20;
@@ -225,6 +225,19 @@ impl MemoryStore {
         self.held.push(contents);
     }
 
+    /// The set that a source means to send, where it stands under its name.
+    pub(super) fn unchanged(&self, begin: &BeginSet) -> Option<Published> {
+        let root = begin.root?;
+        let named = |set: &&PublishedSet| set.name == begin.name.as_str();
+        let current = self.published.iter().rev().find(named)?;
+        (current.root == root).then(|| published(begin, self.generation(begin), true))
+    }
+
+    fn generation(&self, begin: &BeginSet) -> u64 {
+        let named = |set: &&PublishedSet| set.name == begin.name.as_str();
+        self.published.iter().filter(named).count() as u64
+    }
+
     /// Keeps what an attempt that failed had written.
     pub(super) fn abandon(&mut self, stage: Stage) {
         if !stage.blocks.is_empty() {
@@ -266,33 +279,18 @@ impl MemoryStore {
             job.manifest.root(),
             "published other bytes than stated"
         );
-        let named = |set: &&PublishedSet| set.name == job.begin.name.as_str();
-        let generation = 1 + self.published.iter().filter(named).count() as u64;
         let metas = files.iter().map(|(meta, _)| meta.clone()).collect();
-        let name = if job.begin.ancestor {
-            String::new()
-        } else {
-            job.begin.name.to_string()
-        };
+        let published = published(&job.begin, self.generation(&job.begin) + 1, false);
         self.hold(Contents {
             files: metas,
             blocks,
         });
         self.published.push(PublishedSet {
-            name: name.clone(),
+            name: published.name.clone(),
             root,
             files,
         });
-        Ok(Published {
-            set: job.begin.set,
-            name,
-            generation,
-            layout: crate::wire::Layout::Faithful,
-            base: None,
-            completeness: "complete".into(),
-            unchanged: false,
-            notes: Vec::new(),
-        })
+        Ok(published)
     }
 
     // As the real store: what was held or repeated is checked when it is copied, what arrived was
@@ -314,6 +312,23 @@ impl MemoryStore {
         is_right
             .then_some(bytes)
             .ok_or("a held block is damaged".into())
+    }
+}
+
+fn published(begin: &BeginSet, generation: u64, unchanged: bool) -> Published {
+    Published {
+        set: begin.set,
+        name: if begin.ancestor {
+            String::new()
+        } else {
+            begin.name.to_string()
+        },
+        generation,
+        layout: crate::wire::Layout::Faithful,
+        base: None,
+        completeness: "complete".into(),
+        unchanged,
+        notes: Vec::new(),
     }
 }
 

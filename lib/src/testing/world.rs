@@ -16,7 +16,7 @@ use super::sets::{MemorySet, MemoryStore};
 use crate::delta::FileMeta;
 use crate::digest::Digest;
 use crate::session::{PageCounts, StoreJob};
-use crate::wire::{Message, Published, SegmentAt};
+use crate::wire::{BeginSet, Message, Published, SegmentAt};
 
 /// No transfer of a test takes this long, unless it stands still.
 const STALLED: Duration = Duration::from_secs(24 * 3600);
@@ -134,7 +134,7 @@ enum Event {
     Left(Side),
     Scanned(SegmentAt),
     FrameSent,
-    Prepared(Vec<FileMeta>),
+    Prepared(BeginSet, Vec<FileMeta>),
     Write(Box<AdmittedFrame>),
     Written(WrittenFrame),
     Store(Box<StoreJob>),
@@ -297,7 +297,7 @@ impl<'a> World<'a> {
 
     fn work(&mut self, event: Event) -> Result<(), Ended> {
         match event {
-            Event::Prepared(files) => self.destination.prepared(files),
+            Event::Prepared(begin, files) => self.destination.prepared(&begin, files),
             Event::Write(frame) => {
                 let written = self.destination.write(frame)?;
                 self.arrived.extend(written.digests());
@@ -388,7 +388,9 @@ impl<'a> World<'a> {
             DestinationOutput::Control(bytes) => {
                 self.put(Side::Destination, None, bytes);
             }
-            DestinationOutput::Prepare(files) => self.after(work, Event::Prepared(files)),
+            DestinationOutput::Prepare(begin, files) => {
+                self.after(work, Event::Prepared(begin, files))
+            }
             DestinationOutput::Write(frame) => self.after(work, Event::Write(frame)),
             DestinationOutput::Store(job) => {
                 self.after(self.conditions.storing, Event::Store(job));

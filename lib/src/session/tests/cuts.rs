@@ -30,12 +30,12 @@ fn cut_and_resume(conditions: &Conditions, sets: &[MemorySet], store: &MemorySto
 }
 
 fn small_set() -> MemorySet {
+    // Enough blocks that a segment's digest is asked for; the last is short.
+    let mut pages = [[0; 4096], [7; 4096], [7; 4096], [0; 4096]].concat();
+    pages.extend([6; 100]);
     let files = vec![
         ("core-1.img".to_owned(), b"a core".to_vec()),
-        (
-            "pages-1.img".to_owned(),
-            [[0; 4096], [7; 4096], [7; 4096]].concat(),
-        ),
+        ("pages-1.img".to_owned(), pages),
         ("pipes.img".to_owned(), b"some pipes".to_vec()),
     ];
     MemorySet::new("1", 4096, files)
@@ -64,7 +64,7 @@ fn a_cut_at_any_byte_of_an_eager_transfer_loses_nothing() {
 fn a_cut_at_any_byte_of_an_asking_transfer_loses_nothing() {
     let mut other = small_set();
     other.name = "other".into();
-    other.files[1].1[4096] = 9;
+    other.files[1].1[4 * 4096] = 9;
     let store = transfer(quick(2), &[other], MemoryStore::default()).store;
     let set = [small_set()];
     let whole = transfer(quick(2), &set, store.clone());

@@ -260,8 +260,8 @@ fn a_frame_on_its_way_when_the_set_ends_is_caught() {
     for message in messages {
         host.handle_control(now, &framed(&message)).unwrap();
         while let Some(output) = host.poll().unwrap() {
-            if let DestinationOutput::Prepare(files) = output {
-                host.prepared(files);
+            if let DestinationOutput::Prepare(begin, files) = output {
+                host.prepared(&begin, files);
             }
         }
     }
@@ -318,6 +318,7 @@ fn opening(set: &MemorySet) -> Vec<Message> {
             total_bytes: plan.files.iter().map(|file| file.size).sum(),
             parent: None,
             base_name: None,
+            root: None,
         }),
         Message::Files {
             set: 1,
