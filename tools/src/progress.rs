@@ -1,0 +1,188 @@
+//! What `crxfer send` shows while it works: a bar for people, lines for programs.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crxfer::transfer::Event;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use serde_json::json;
+
+use crate::output;
+use crate::size::{Bytes, rate, seconds};
+
+/// At most five lines a second: documented in `crxfer send --help`.
+const LINES_APART: Duration = Duration::from_millis(200);
+
+/// How often the bar is drawn in a second.
+const DRAWS: u8 = 10;
+
+/// Where the transfer stands. Fed by the transfer's tasks.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    json: bool,
+    bar: ProgressBar,
+    set: Mutex<Set>,
+}
+
+/// The set that is being sent.
+#[derive(Debug, Default)]
+struct Set {
+    name: String,
+    total: u64,
+    begun: Option<Instant>,
+    printed: Option<Instant>,
+}
+
+impl Progress {
+    pub(crate) fn new(json: bool) -> Self {
+        let bar = if json {
+            ProgressBar::hidden()
+        } else {
+            // Draws nothing where stderr is no terminal.
+            ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(DRAWS))
+        };
+        bar.set_style(style());
+        bar.set_message("looking at the images, connecting");
+        Self {
+            json,
+            bar,
+            set: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn take(&self, event: &Event) {
+        match event {
+            Event::SetBegun {
+                name,
+                total_bytes,
+                ancestor,
+            } => self.begin(name, *total_bytes, *ancestor),
+            Event::Progress {
+                done_bytes,
+                wire_bytes,
+                ..
+            } => self.advance(*done_bytes, *wire_bytes),
+            Event::Storing => self.bar.set_message(format!("{}: storing", self.name())),
+            Event::Connected { .. } | Event::Received(_) | Event::Failed { .. } => {}
+        }
+    }
+
+    /// Takes the bar away; what follows is the summary or an error.
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "rates need the time")]
+    fn begin(&self, name: &str, total: u64, ancestor: bool) {
+        *self.lock() = Set {
+            name: name.to_owned(),
+            total,
+            begun: Some(Instant::now()),
+            printed: None,
+        };
+        self.bar.reset();
+        self.bar.set_length(total);
+        self.bar.set_message(if ancestor {
+            format!("{name} (ancestor)")
+        } else {
+            name.to_owned()
+        });
+        if self.json {
+            // A stdout that fails must not end the transfer.
+            let _ = output::json(
+                &json!({"event": "begin", "name": name, "bytes": total, "ancestor": ancestor}),
+            );
+        }
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "rates need the time")]
+    fn advance(&self, done: u64, wire: u64) {
+        self.bar.set_position(done);
+        if !self.json {
+            return;
+        }
+        let now = Instant::now();
+        let mut set = self.lock();
+        if !set.is_due(now) {
+            return;
+        }
+        set.printed = Some(now);
+        let time = set.begun.map_or(Duration::ZERO, |begun| now - begun);
+        let _ = output::json(&json!({
+            "event": "progress",
+            "name": set.name,
+            "done": done,
+            "total": set.total,
+            "wire": wire,
+            "bytes_per_second": rate(done, time),
+        }));
+    }
+
+    fn name(&self) -> String {
+        self.lock().name.clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Set> {
+        self.set.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Set {
+    fn is_due(&self, now: Instant) -> bool {
+        self.printed
+            .is_none_or(|printed| now >= printed + LINES_APART)
+    }
+}
+
+fn style() -> ProgressStyle {
+    let template = "{msg} [{bar:30}] {done}/{all}  {speed}  {left} left";
+    let amount = |bytes: u64| Bytes(bytes).to_string();
+    ProgressStyle::with_template(template)
+        .expect("the template is well-formed")
+        .progress_chars("=> ")
+        .with_key(
+            "done",
+            move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                let _ = out.write_str(&amount(state.pos()));
+            },
+        )
+        .with_key(
+            "all",
+            move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                let _ = out.write_str(&amount(state.len().unwrap_or(0)));
+            },
+        )
+        .with_key(
+            "speed",
+            |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                let _ = write!(out, "{}/s", Bytes(rate(state.pos(), state.elapsed())));
+            },
+        )
+        .with_key(
+            "left",
+            |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                let _ = out.write_str(&seconds(state.eta()));
+            },
+        )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "an instant to count from")]
+    fn lines_are_a_fifth_of_a_second_apart() {
+        let now = Instant::now();
+        let mut set = Set::default();
+        assert!(set.is_due(now));
+        set.printed = Some(now);
+        assert!(!set.is_due(now + Duration::from_millis(199)));
+        assert!(set.is_due(now + Duration::from_millis(200)));
+    }
+
+    #[test]
+    fn the_bar_can_be_drawn() {
+        let _ = style();
+    }
+}
