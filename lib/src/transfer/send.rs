@@ -203,6 +203,7 @@ struct Driver<'a> {
     scanned_bytes: u64,
     // Of the scanned ones, those of segments that have a frame which is not with the transport yet.
     queued_bytes: u64,
+    done_bytes: u64,
     compressed_pages: u64,
 }
 
@@ -242,6 +243,7 @@ impl<'a> Driver<'a> {
             sent_sets: Vec::new(),
             scanned_bytes: 0,
             queued_bytes: 0,
+            done_bytes: 0,
             compressed_pages: 0,
         })
     }
@@ -320,7 +322,7 @@ impl<'a> Driver<'a> {
                 debug_assert!(index < self.sets.len() && remaining > 0);
                 self.skipped = index + 1 - begin.set as usize;
                 self.sent_sets.push(index);
-                self.scanned_bytes = 0;
+                (self.scanned_bytes, self.done_bytes) = (0, 0);
                 self.events.emit(Event::SetBegun {
                     name: begin.name.to_string(),
                     total_bytes: begin.total_bytes,
@@ -366,10 +368,13 @@ impl<'a> Driver<'a> {
         range.end - range.start
     }
 
-    fn progress(&self) {
+    fn progress(&mut self) {
+        let done = self.scanned_bytes.saturating_sub(self.queued_bytes);
+        // A segment counts until it turns out that it must be sent: never go back.
+        self.done_bytes = self.done_bytes.max(done);
         let (sent, received) = self.connection.wire_bytes();
         self.events.emit(Event::Progress {
-            done_bytes: self.scanned_bytes.saturating_sub(self.queued_bytes),
+            done_bytes: self.done_bytes,
             wire_bytes: sent + received,
             pages: self.source.counts(),
         });
