@@ -30,8 +30,11 @@ use self::args::{Cli, Command};
 use self::error::Failed;
 use self::exit::Exit;
 
-/// What still runs when a command ends (writing, publishing) may take this long to end well.
+/// What still runs when `recv` ends (writing, publishing) may take this long to end well.
 const LAST_WORK: Duration = Duration::from_secs(5);
+
+/// When `send` ends only reading can still be under way.
+const LAST_READ: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -47,8 +50,8 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<(), Failed> {
     match command {
-        Command::Recv(args) => block_on(recv::run(args)),
-        Command::Send(args) => block_on(send::run(args)),
+        Command::Recv(args) => block_on(recv::run(args), LAST_WORK),
+        Command::Send(args) => block_on(send::run(args), LAST_READ),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => inspect::diff(&args),
@@ -61,13 +64,16 @@ fn run(command: Command) -> Result<(), Failed> {
     }
 }
 
-fn block_on(future: impl Future<Output = Result<(), Failed>>) -> Result<(), Failed> {
+fn block_on(
+    future: impl Future<Output = Result<(), Failed>>,
+    last: Duration,
+) -> Result<(), Failed> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(Failed::file("start threads of", "this process".as_ref()))?;
     let result = runtime.block_on(future);
-    runtime.shutdown_timeout(LAST_WORK);
+    runtime.shutdown_timeout(last);
     result
 }
 

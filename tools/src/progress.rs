@@ -13,6 +13,9 @@ use crate::size::{Bytes, rate, seconds};
 /// At most five lines a second: documented in `crxfer send --help`.
 const LINES_APART: Duration = Duration::from_millis(200);
 
+/// Characters of a set's name beside the bar: the line must fit into 80.
+const NAME_CHARS: usize = 24;
+
 /// How often the bar is drawn in a second.
 const DRAWS: u8 = 10;
 
@@ -41,7 +44,7 @@ impl Progress {
             // Draws nothing where stderr is no terminal.
             ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(DRAWS))
         };
-        bar.set_style(style());
+        bar.set_style(ProgressStyle::with_template("{msg}").expect("the template is well-formed"));
         bar.set_message("looking at the images, connecting");
         Self {
             json,
@@ -62,7 +65,9 @@ impl Progress {
                 wire_bytes,
                 ..
             } => self.advance(*done_bytes, *wire_bytes),
-            Event::Storing => self.bar.set_message(format!("{}: storing", self.name())),
+            Event::Storing => self
+                .bar
+                .set_message(format!("{}: storing", shortened(&self.name()))),
             Event::Connected { .. } | Event::Received(_) | Event::Failed { .. } => {}
         }
     }
@@ -80,12 +85,14 @@ impl Progress {
             begun: Some(Instant::now()),
             printed: None,
         };
+        self.bar.set_style(style());
         self.bar.reset();
         self.bar.set_length(total);
+        let short = shortened(name);
         self.bar.set_message(if ancestor {
-            format!("{name} (ancestor)")
+            format!("{short} (ancestor)")
         } else {
-            name.to_owned()
+            short
         });
         if self.json {
             // A stdout that fails must not end the transfer.
@@ -134,8 +141,16 @@ impl Set {
     }
 }
 
+fn shortened(name: &str) -> String {
+    if name.chars().count() <= NAME_CHARS {
+        return name.to_owned();
+    }
+    let begin: String = name.chars().take(NAME_CHARS - 1).collect();
+    begin + "…"
+}
+
 fn style() -> ProgressStyle {
-    let template = "{msg} [{bar:30}] {done}/{all}  {speed}  {left} left";
+    let template = "{msg} [{wide_bar}] {done}/{all}  {speed}  {left} left";
     let amount = |bytes: u64| Bytes(bytes).to_string();
     ProgressStyle::with_template(template)
         .expect("the template is well-formed")
@@ -179,6 +194,12 @@ mod tests {
         set.printed = Some(now);
         assert!(!set.is_due(now + Duration::from_millis(199)));
         assert!(set.is_due(now + Duration::from_millis(200)));
+    }
+
+    #[test]
+    fn long_names_leave_room_for_the_bar() {
+        assert_eq!(shortened("web-1"), "web-1");
+        assert_eq!(shortened(&"ä".repeat(255)).chars().count(), NAME_CHARS);
     }
 
     #[test]

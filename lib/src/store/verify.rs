@@ -228,7 +228,6 @@ mod tests {
             base,
             keep_link: None,
             image_bytes: content.len() as u64,
-            keep: 0,
         };
         let published = store.publish(stage, new, &[meta], digests.into_iter());
         published.unwrap().record

@@ -158,11 +158,19 @@ fn man_pages_and_help_document_the_exit_codes() {
     let sandbox = Sandbox::new();
     assert_eq!(sandbox.run(&["man", "man"]).code, Some(0));
     let page = fs::read_to_string(sandbox.path("man/crxfer.1")).unwrap();
+    for section in [".SH EXAMPLES", ".SH \"EXIT STATUS\"", ".SH VERSION"] {
+        assert!(page.contains(section), "{page}");
+    }
+    assert_eq!(sandbox.run(&["man"]).stdout, page);
     let help = sandbox.run(&["--help"]).stdout;
     for text in [page, help] {
         assert!(text.contains("130"), "{text}");
     }
-    assert!(sandbox.path("man/crxfer-send.1").exists());
+    let send = fs::read_to_string(sandbox.path("man/crxfer-send.1")).unwrap();
+    assert!(
+        send.contains(".SH EXAMPLES") && !send.contains("EXTRA"),
+        "{send}"
+    );
     assert!(
         sandbox
             .run(&["completions", "bash"])

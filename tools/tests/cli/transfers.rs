@@ -242,3 +242,21 @@ fn a_named_base_is_built_on() {
     assert_eq!(done["base"], "one");
     assert!(Path::new(&sandbox.path("recv/two/parent")).is_symlink());
 }
+
+#[test]
+fn a_copy_that_rotted_at_the_destination_is_sent_again() {
+    let sandbox = Sandbox::new();
+    let (_recv, ticket) = sandbox.recv(&[]).ticket();
+    let source = fixture("memcached/1");
+    sandbox.send(&source, &ticket, &["--name", "one"]).done();
+    let pages = sandbox.path("recv/one/pages-1.img");
+    let mut bytes = fs::read(&pages).unwrap();
+    let found = bytes.iter().position(|&byte| byte != 0).unwrap();
+    bytes[found] ^= 1;
+    fs::write(&pages, bytes).unwrap();
+    let sent = sandbox.send(&source, &ticket, &["--name", "two"]);
+    sent.done();
+    assert!(sent.stderr.contains("sending again"), "{sent:?}");
+    assert_eq!(sandbox.run(&["verify", "recv/two"]).code, Some(0));
+    assert_eq!(sandbox.run(&["verify", "recv/one"]).code, Some(3));
+}
