@@ -85,7 +85,6 @@ impl Progress {
             begun: Some(Instant::now()),
             printed: None,
         };
-        self.bar.set_style(style());
         self.bar.reset();
         self.bar.set_length(total);
         let short = shortened(name);
@@ -94,6 +93,7 @@ impl Progress {
         } else {
             short
         });
+        self.bar.set_style(style());
         if self.json {
             // A stdout that fails must not end the transfer.
             let _ = output::json(
@@ -150,35 +150,41 @@ fn shortened(name: &str) -> String {
 }
 
 fn style() -> ProgressStyle {
-    let template = "{msg} [{wide_bar}] {done}/{all}  {speed}  {left} left";
-    let amount = |bytes: u64| Bytes(bytes).to_string();
-    ProgressStyle::with_template(template)
+    type Out<'a> = &'a mut dyn std::fmt::Write;
+    let done = |state: &ProgressState, out: Out<'_>| {
+        let _ = write!(out, "{}", Bytes(state.pos()));
+    };
+    let all = |state: &ProgressState, out: Out<'_>| {
+        let _ = write!(out, "{}", Bytes(state.len().unwrap_or(0)));
+    };
+    let speed = |state: &ProgressState, out: Out<'_>| {
+        let _ = write!(out, "{}/s", Bytes(rate(state.pos(), state.elapsed())));
+    };
+    let left = |state: &ProgressState, out: Out<'_>| {
+        let total = state.len().unwrap_or(0);
+        let _ = out.write_str(&time_left(state.pos(), total, state.elapsed()));
+    };
+    ProgressStyle::with_template("{msg} [{wide_bar}] {done}/{all}  {speed}  {left} left")
         .expect("the template is well-formed")
         .progress_chars("=> ")
-        .with_key(
-            "done",
-            move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-                let _ = out.write_str(&amount(state.pos()));
-            },
-        )
-        .with_key(
-            "all",
-            move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-                let _ = out.write_str(&amount(state.len().unwrap_or(0)));
-            },
-        )
-        .with_key(
-            "speed",
-            |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-                let _ = write!(out, "{}/s", Bytes(rate(state.pos(), state.elapsed())));
-            },
-        )
-        .with_key(
-            "left",
-            |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-                let _ = out.write_str(&seconds(state.eta()));
-            },
-        )
+        .with_key("done", done)
+        .with_key("all", all)
+        .with_key("speed", speed)
+        .with_key("left", left)
+}
+
+/// At the rate so far; unknown before there is one.
+fn time_left(done: u64, total: u64, elapsed: Duration) -> String {
+    const TOO_SOON: Duration = Duration::from_millis(500);
+    let remaining = u128::from(total.saturating_sub(done));
+    let left = (elapsed.as_millis() * remaining).checked_div(u128::from(done));
+    match left {
+        Some(millis) if elapsed >= TOO_SOON => {
+            let millis = u64::try_from(millis).unwrap_or(u64::MAX);
+            seconds(Duration::from_millis(millis))
+        }
+        _ => "?".to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -200,6 +206,15 @@ mod tests {
     fn long_names_leave_room_for_the_bar() {
         assert_eq!(shortened("web-1"), "web-1");
         assert_eq!(shortened(&"ä".repeat(255)).chars().count(), NAME_CHARS);
+    }
+
+    #[test]
+    fn the_time_left_follows_the_rate_so_far() {
+        let second = Duration::from_secs(1);
+        assert_eq!(time_left(25, 100, second), "3.00 s");
+        assert_eq!(time_left(0, 100, second), "?");
+        assert_eq!(time_left(1, u64::MAX, second / 10), "?");
+        assert_eq!(time_left(100, 100, second), "0.00 s");
     }
 
     #[test]
