@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::error::{StoreError, Tried};
-use super::{Record, Store, inode};
+use super::{Record, Store, directory_id};
 
 /// One stored set.
 #[derive(Clone, Debug)]
@@ -49,11 +49,8 @@ impl Store {
 
     /// Where people find the set: under its name while that is its own, else where it is kept.
     pub fn visible_place(&self, record: &Record) -> Option<PathBuf> {
-        let named = self.root.join(&record.name);
-        if !record.name.is_empty() && inode(&named) == Some(record.inode) {
-            return Some(named);
-        }
-        self.directory_of(record)
+        self.named_directory(record)
+            .or_else(|| self.directory_of(record))
     }
 
     /// The receiving directory that `directory` is a set of, and the set's record. `None` if it is
@@ -66,9 +63,9 @@ impl Store {
                 continue;
             }
             let store = Self::open_existing(root)?;
-            let inode = inode(&directory);
+            let id = directory_id(&directory);
             let found = store.records()?.into_iter().find(|record| {
-                Some(record.inode) == inode || store.base_path(record.id) == directory
+                Some(record.directory_id) == id || store.base_path(record.id) == directory
             });
             return Ok(found.map(|record| (store, record)));
         }

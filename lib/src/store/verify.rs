@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::error::{StoreError, Tried};
-use super::{Index, Record, Store, inode};
+use super::{Index, Record, Store, directory_id};
 use crate::delta::{BlockRef, FileMeta};
 use crate::digest::hash_blocks;
 use crate::wire::limits;
@@ -85,7 +85,7 @@ impl Store {
         };
         let target = fs::canonicalize(&link).ok();
         let leads_there = target.is_some_and(|target| {
-            target == self.base_path(id) || inode(&target) == Some(base.inode)
+            target == self.base_path(id) || directory_id(&target) == Some(base.directory_id)
         });
         if !leads_there {
             verification.note(&link, "does not lead to the set that this one builds on");
@@ -315,7 +315,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let one = publish(&store, "one", &[1; 4096], None);
-        store.distrust(one.id);
+        store.distrust(one.id, &dir.path().join("one/pages-1.img"));
         assert!(!store.verify(&one).unwrap().is_sound());
     }
 
