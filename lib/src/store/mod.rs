@@ -265,3 +265,6 @@ fn private_dirs(path: &Path) -> Result<(), StoreError> {
         .create(path)
         .tried("create", path)
 }
+
+#[cfg(test)]
+mod tests;

@@ -88,10 +88,6 @@ async fn damaged_memory_is_refused() {
             ),
             (
                 "pagemap-4.img",
-                Box::new(|dir| fs::remove_file(dir.join("pagemap-4.img")).unwrap()),
-            ),
-            (
-                "pagemap-4.img",
                 Box::new(entry(&[(BASE, 2, 4), (BASE + page, 2, 4)])),
             ),
             (
