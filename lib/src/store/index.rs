@@ -59,8 +59,9 @@ impl Index {
         durable: bool,
     ) -> io::Result<()> {
         let blocks: u64 = files.iter().map(FileMeta::blocks).sum();
-        let slots =
-            usize::try_from((blocks + blocks / 2).next_power_of_two()).map_err(io::Error::other)?;
+        // One slot at least stays empty, also with a single block.
+        let slots = (blocks + blocks / 2 + 1).next_power_of_two();
+        let slots = usize::try_from(slots).map_err(io::Error::other)?;
         let header = encode_header(files);
         let mut out = BufWriter::with_capacity(256 << 10, File::create(path)?);
         out.write_all(MAGIC)?;
@@ -320,6 +321,26 @@ mod tests {
         }
         assert_eq!(index.find(BlockId::of(&digest(number))), None);
         assert_eq!(index.file_named("c"), Some(2));
+    }
+
+    #[test]
+    fn the_smallest_sets_have_an_index_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("index");
+        for count in 0..5 {
+            Index::write(
+                &path,
+                &[meta("a", 4096 * count)],
+                (0..count).map(digest),
+                false,
+            )
+            .unwrap();
+            let index = Index::open(&path).unwrap();
+            for number in 0..count {
+                assert!(index.find(BlockId::of(&digest(number))).is_some());
+            }
+            assert_eq!(index.find(BlockId::of(&digest(count))), None);
+        }
     }
 
     #[test]

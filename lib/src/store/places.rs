@@ -410,12 +410,25 @@ impl Store {
             .mode(0o700)
             .create(&place)
             .tried("create", &place)?;
+        let written = self.write_set(&record, files, digests);
+        if written.is_err() {
+            let _ = remove_tree(&place);
+        }
+        written.map(|()| record)
+    }
+
+    fn write_set(
+        &self,
+        record: &Record,
+        files: &[FileMeta],
+        digests: impl Iterator<Item = Digest>,
+    ) -> Result<(), StoreError> {
+        let place = self.set_path(record.id);
         let index = place.join("index");
         Index::write(&index, files, digests, self.durable).tried("write", &index)?;
-        self.save(&record)?;
+        self.save(record)?;
         self.sync_dir(&place)?;
-        self.sync_dir(&self.state_path("sets"))?;
-        Ok(record)
+        self.sync_dir(&self.state_path("sets"))
     }
 
     // A number that no set has had: links and records name sets by it, and what was removed may
