@@ -10,7 +10,7 @@ use crxfer::wire::Layout;
 use crate::images::{PAGE, pages, write_dump};
 use crate::support::{Destination, LAYOUTS, Peer, count, memory, published, tempdir, tree};
 
-const PAGES: u64 = 8000;
+const PAGES: u64 = 4000;
 
 /// Sends, and drops the transfer when `part` bytes of its pages have arrived.
 async fn send_until(peer: &Peer, source: &Path, to: &Destination, part: u64) {
@@ -25,9 +25,10 @@ async fn send_until_then(
     then: impl FnOnce(),
 ) {
     let options = SendOptions {
-        bytes_per_s: Some(40 << 20),
+        bytes_per_s: Some(20 << 20),
         ..peer.options(source, to)
     };
+    to.forget_arrived();
     let sending = send(options);
     tokio::pin!(sending);
     tokio::select! {

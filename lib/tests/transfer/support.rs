@@ -87,6 +87,11 @@ impl Destination {
         }
     }
 
+    /// Counts from here on.
+    pub(crate) fn forget_arrived(&self) {
+        self.arrived.store(0, Ordering::Relaxed);
+    }
+
     /// Waits until that many bytes of a set have arrived.
     pub(crate) async fn has_arrived(&self, bytes: u64) {
         while self.arrived.load(Ordering::Relaxed) < bytes {
