@@ -8,6 +8,8 @@ pub mod page;
 pub mod session;
 pub mod store;
 mod sys;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod text;
 pub mod ticket;
 #[cfg(feature = "net")]
