@@ -13,6 +13,7 @@ use super::pagemap::{self, Pagemap};
 use super::resolve::{ResolvedRun, resolve};
 use super::stats::DumpStats;
 use super::tree::ProcessTree;
+use super::walk;
 use crate::page::PageSize;
 
 /// Most directories in one chain, the newest included.
@@ -243,6 +244,10 @@ impl Chain {
             Ok(tree) => tree,
             Err(error) => return Completeness::Damaged(vec![Problem::unreadable(&error)]),
         };
+        let broken = self.broken_images();
+        if !broken.is_empty() {
+            return Completeness::Damaged(broken);
+        }
         let levels: Vec<_> = self
             .levels
             .iter()
@@ -257,6 +262,23 @@ impl Chain {
             inventory,
             tree: tree.as_ref(),
         })
+    }
+}
+
+impl Chain {
+    // Images of the newest directory whose frames are damaged; CRIU does not read its parents'.
+    fn broken_images(&self) -> Vec<Problem> {
+        let directory = match self.open_dir(0) {
+            Ok(directory) => directory,
+            Err(error) => return vec![Problem::unreadable(&error)],
+        };
+        let check = |name: &str| walk::check_image(name, directory.open_file(name)?);
+        let files = self.newest().listing().files.iter();
+        files
+            .filter(|file| walk::is_known(&file.name))
+            .filter_map(|file| check(&file.name).err())
+            .map(|error| Problem::unreadable(&error))
+            .collect()
     }
 }
 

@@ -33,6 +33,7 @@ mod records;
 pub mod resolve;
 pub mod stats;
 pub mod tree;
+pub mod walk;
 
 pub use chain::{Chain, ChainOptions, Level};
 pub use complete::{Completeness, LevelFacts, Problem, SetFacts};

@@ -269,3 +269,6 @@ fn private_dirs(path: &Path) -> Result<(), StoreError> {
         .create(path)
         .tried("create", path)
 }
+
+#[cfg(test)]
+mod tests;

@@ -109,6 +109,7 @@ impl Store {
         if !holds_bytes(&stage.files()) {
             return remove_tree(&stage.place);
         }
+        remove_all_but(&stage.place, &["about", "files"])?;
         let partials = self.state_path("partial");
         for number in 1u64.. {
             let place = partials.join(number.to_string());
@@ -156,7 +157,7 @@ impl Store {
     }
 
     // Up to and with the step that makes the set visible; with the record that had the name.
-    fn switch(
+    pub(super) fn switch(
         &self,
         stage: &Stage,
         new: &NewSet,
@@ -271,7 +272,7 @@ impl Store {
 
     // Gives the staged set its `parent`: the text it had where that is right, else the place of
     // the set that it builds on.
-    fn link_base(
+    pub(super) fn link_base(
         &self,
         stage: &Stage,
         new: &NewSet,
@@ -373,7 +374,7 @@ impl Store {
         self.move_in(&building, to)
     }
 
-    fn remember(
+    pub(super) fn remember(
         &self,
         stage: &Stage,
         new: &NewSet,
@@ -409,12 +410,25 @@ impl Store {
             .mode(0o700)
             .create(&place)
             .tried("create", &place)?;
+        let written = self.write_set(&record, files, digests);
+        if written.is_err() {
+            let _ = remove_tree(&place);
+        }
+        written.map(|()| record)
+    }
+
+    fn write_set(
+        &self,
+        record: &Record,
+        files: &[FileMeta],
+        digests: impl Iterator<Item = Digest>,
+    ) -> Result<(), StoreError> {
+        let place = self.set_path(record.id);
         let index = place.join("index");
         Index::write(&index, files, digests, self.durable).tried("write", &index)?;
-        self.save(&record)?;
+        self.save(record)?;
         self.sync_dir(&place)?;
-        self.sync_dir(&self.state_path("sets"))?;
-        Ok(record)
+        self.sync_dir(&self.state_path("sets"))
     }
 
     // A number that no set has had: links and records name sets by it, and what was removed may
@@ -451,7 +465,11 @@ impl Store {
     }
 
     // Sets whose link leads to the name get a link to the place that stays.
-    fn release_name(&self, record: &Record, notes: &mut Vec<String>) -> Result<(), StoreError> {
+    pub(super) fn release_name(
+        &self,
+        record: &Record,
+        notes: &mut Vec<String>,
+    ) -> Result<(), StoreError> {
         let records = self.records()?;
         for user in records
             .iter()
@@ -616,6 +634,17 @@ fn holds_bytes(files: &Path) -> bool {
             .and_then(|entry| entry.metadata())
             .is_ok_and(|meta| meta.is_file() && meta.blocks() > 0)
     })
+}
+
+// Pages that were being written anew when the transfer ended.
+fn remove_all_but(place: &Path, kept: &[&str]) -> Result<(), StoreError> {
+    for entry in fs::read_dir(place).tried("list", place)? {
+        let entry = entry.tried("list", place)?;
+        if !kept.iter().any(|kept| entry.file_name() == *kept) {
+            fs::remove_file(entry.path()).tried("remove", &entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn modified(path: &Path) -> Option<SystemTime> {

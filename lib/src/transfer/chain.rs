@@ -56,7 +56,7 @@ impl StoredLevel {
 }
 
 /// A stored set and what it builds on, the newest first.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct StoredChain {
     pub(super) levels: Vec<StoredLevel>,
 }
@@ -81,6 +81,11 @@ impl StoredChain {
             }
         }
         Ok(Self { levels })
+    }
+
+    /// Number of its newest set's record.
+    pub(super) fn id(&self) -> u64 {
+        self.levels[0].id
     }
 
     /// The pagemaps of that name, newest first, up to the first set that has none.

@@ -17,18 +17,22 @@ pub(crate) fn page(number: u64) -> Vec<u8> {
         return vec![0; PAGE];
     }
     let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(PAGE);
-    while bytes.len() < PAGE {
+    let mut bytes = vec![0; PAGE];
+    for word in bytes.chunks_exact_mut(8) {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
+        word.copy_from_slice(&state.to_le_bytes());
     }
     bytes
 }
 
 pub(crate) fn pages(numbers: impl IntoIterator<Item = u64>) -> Vec<u8> {
-    numbers.into_iter().flat_map(page).collect()
+    let mut bytes = Vec::new();
+    for number in numbers {
+        bytes.extend_from_slice(&page(number));
+    }
+    bytes
 }
 
 /// A full dump whose pages, side by side, have these numbers.

@@ -2,36 +2,38 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use crxfer::transfer::{Event, Events, SendOptions, send};
+use crxfer::transfer::{SendOptions, send};
 use crxfer::wire::Layout;
-use tokio::sync::Notify;
 
 use crate::images::{PAGE, pages, write_dump};
 use crate::support::{Destination, LAYOUTS, Peer, count, memory, published, tempdir, tree};
 
-const PAGES: u64 = 8000;
+const PAGES: u64 = 4000;
 
-/// Sends and drops the transfer when the destination has dealt with about `part` of it.
+/// Sends, and drops the transfer when `part` bytes of its pages have arrived.
 async fn send_until(peer: &Peer, source: &Path, to: &Destination, part: u64) {
-    let reached = Arc::new(Notify::new());
-    let notify = reached.clone();
+    send_until_then(peer, source, to, part, || ()).await;
+}
+
+async fn send_until_then(
+    peer: &Peer,
+    source: &Path,
+    to: &Destination,
+    part: u64,
+    then: impl FnOnce(),
+) {
     let options = SendOptions {
-        bytes_per_s: Some(40 << 20),
-        events: Events::new(move |event| {
-            if let Event::Progress { wire_bytes, .. } = event
-                && wire_bytes >= part
-            {
-                notify.notify_one();
-            }
-        }),
+        bytes_per_s: Some(20 << 20),
         ..peer.options(source, to)
     };
+    to.forget_arrived();
+    let sending = send(options);
+    tokio::pin!(sending);
     tokio::select! {
-        sent = send(options) => panic!("too fast to be cut: {:?}", sent.map(|it| it.wire_bytes)),
-        () = reached.notified() => {}
+        sent = &mut sending => panic!("too fast to be cut: {:?}", sent.map(|it| it.wire_bytes)),
+        () = to.has_arrived(part) => then(),
     }
 }
 
@@ -109,9 +111,9 @@ fn a_receiver_that_is_killed_goes_on_where_it_was() {
     let killed = place.path().join("killed");
     runtime().block_on(async {
         let to = Destination::at(&dir, Layout::Faithful).await;
-        send_until(&peer, &source, &to, whole / 2).await;
         // What a killed process leaves is what lies there now.
-        copy_tree(&dir, &killed);
+        let copy = || copy_tree(&dir, &killed);
+        send_until_then(&peer, &source, &to, whole / 2, copy).await;
         to.stop().await;
     });
     assert_eq!(count(&killed.join(".crxfer/stage")), 1);

@@ -12,7 +12,9 @@ use crxfer::wire::Layout;
 use crate::images::{
     PAGE, copy_dir, image, page, real_chain, testdata, write_child, write_dump, write_files,
 };
-use crate::support::{Destination, LAYOUTS, Peer, code_of, count, memory, tempdir, tree};
+use crate::support::{
+    Destination, LAYOUTS, Peer, code_of, count, memory, tempdir, tempdir_on_disk, tree,
+};
 
 const CHAINS: [&str; 3] = ["memcached", "shm-tree", "memcached-pageserver"];
 
@@ -104,7 +106,7 @@ async fn real_chains_sent_one_by_one_have_their_true_memory_in_each_layout() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_last_directory_takes_its_ancestors_along() {
     for layout in LAYOUTS {
-        let place = tempdir();
+        let place = tempdir_on_disk();
         let to = Destination::at(&place.path().join("in"), layout).await;
         let peer = Peer::new();
         for chain in CHAINS {
@@ -159,10 +161,10 @@ async fn sets_without_all_that_a_restore_needs_are_carried_and_marked() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn faithful_copies_keep_modes_and_holes() {
-    let place = tempdir();
+    let place = tempdir_on_disk();
     let source = place.path().join("dump");
     write_dump(&source, &[1, 2, 3]);
-    let ghost = File::create(source.join("ghost-file-a.img")).unwrap();
+    let ghost = File::create(source.join("tmpfs-7.tar.gz.img")).unwrap();
     ghost.set_len(64 << 20).unwrap();
     ghost
         .write_all_at(b"near the end", (64 << 20) - 4096)
@@ -173,7 +175,7 @@ async fn faithful_copies_keep_modes_and_holes() {
     let to = Destination::at(&place.path().join("in"), Layout::Faithful).await;
     let report = Peer::new().send(&source, &to).await;
     assert_same_files(&source, &to.set("dump"));
-    let arrived = fs::metadata(to.set("dump").join("ghost-file-a.img")).unwrap();
+    let arrived = fs::metadata(to.set("dump").join("tmpfs-7.tar.gz.img")).unwrap();
     assert!(
         arrived.blocks() * 512 <= 1 << 20,
         "{} blocks",
@@ -189,11 +191,11 @@ async fn large_opaque_files_are_streamed() {
     let source = place.path().join("dump");
     write_dump(&source, &[1, 2, 3]);
     let bytes: Vec<u8> = (1..6000).flat_map(page).collect();
-    fs::write(source.join("ghost-file-1f.img"), &bytes).unwrap();
+    fs::write(source.join("tmpfs-7.tar.gz.img"), &bytes).unwrap();
     for layout in LAYOUTS {
         let to = Destination::at(&place.path().join(layout.as_str()), layout).await;
         Peer::new().send(&source, &to).await;
-        let arrived = fs::read(to.set("dump").join("ghost-file-1f.img")).unwrap();
+        let arrived = fs::read(to.set("dump").join("tmpfs-7.tar.gz.img")).unwrap();
         assert!(arrived == bytes);
         to.stop().await;
     }
@@ -359,13 +361,13 @@ async fn pages_are_taken_from_the_end_of_other_files() {
     write_dump(&first, &[1, 2, 3]);
     let mut bytes: Vec<u8> = (100..164).flat_map(page).collect();
     bytes.extend(page(50));
-    fs::write(first.join("ghost-file-1.img"), &bytes).unwrap();
+    fs::write(first.join("tmpfs-7.tar.gz.img"), &bytes).unwrap();
     peer.send(&first, &to).await;
     let second = place.path().join("second");
     write_dump(&second, &[1, 50, 3, 51]);
     let mut bytes: Vec<u8> = (200..264).flat_map(page).collect();
     bytes.extend(page(51));
-    fs::write(second.join("ghost-file-1.img"), &bytes).unwrap();
+    fs::write(second.join("tmpfs-7.tar.gz.img"), &bytes).unwrap();
     peer.send(&second, &to).await;
     assert_same_files(&second, &to.set("second"));
     to.stop().await;

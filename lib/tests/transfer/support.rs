@@ -5,13 +5,14 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crxfer::delta::SetName;
 use crxfer::image::{Chain, ImageError, PagemapName, PagesReader};
 use crxfer::ticket::Ticket;
 use crxfer::transfer::{
-    Events, ReceiveOptions, Receiver, SendOptions, SendReport, Target, TransferError, send,
+    Event, Events, ReceiveOptions, Receiver, SendOptions, SendReport, Target, TransferError, send,
 };
 use crxfer::transport::{self, Identity};
 use crxfer::wire::{FailureCode, Layout};
@@ -24,6 +25,8 @@ pub(crate) const LAYOUTS: [Layout; 3] = [Layout::Faithful, Layout::Incremental, 
 /// A host that receives, with its directory.
 pub(crate) struct Destination {
     pub(crate) dir: PathBuf,
+    /// Bytes of the set under way that have arrived.
+    arrived: Arc<AtomicU64>,
     receiver: Arc<Receiver>,
     running: JoinHandle<()>,
 }
@@ -50,6 +53,17 @@ impl Destination {
     /// Waits until an earlier receiver of the same process has let go of the directory.
     pub(crate) async fn with(options: impl Fn() -> ReceiveOptions) -> Self {
         let dir = options().directory;
+        let arrived = Arc::new(AtomicU64::new(0));
+        let count = arrived.clone();
+        let events = Events::new(move |event| match event {
+            Event::Progress { done_bytes, .. } => count.store(done_bytes, Ordering::Relaxed),
+            Event::SetBegun { .. } => count.store(0, Ordering::Relaxed),
+            _ => {}
+        });
+        let options = || ReceiveOptions {
+            events: events.clone(),
+            ..options()
+        };
         let mut tries = 0;
         let receiver = loop {
             match Receiver::bind(options()) {
@@ -67,8 +81,21 @@ impl Destination {
         });
         Self {
             dir,
+            arrived,
             receiver,
             running,
+        }
+    }
+
+    /// Counts from here on.
+    pub(crate) fn forget_arrived(&self) {
+        self.arrived.store(0, Ordering::Relaxed);
+    }
+
+    /// Waits until that many bytes of a set have arrived.
+    pub(crate) async fn has_arrived(&self, bytes: u64) {
+        while self.arrived.load(Ordering::Relaxed) < bytes {
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 
@@ -239,6 +266,11 @@ pub(crate) fn count(dir: &Path) -> usize {
     fs::read_dir(dir).map_or(0, Iterator::count)
 }
 
+/// In memory where that is possible: syncing thousands of files takes most of the time otherwise.
 pub(crate) fn tempdir() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempdir_on_disk())
+}
+
+pub(crate) fn tempdir_on_disk() -> TempDir {
     tempfile::tempdir().unwrap()
 }

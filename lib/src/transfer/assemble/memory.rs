@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::copy::{Origin, Pieces};
@@ -198,7 +198,7 @@ impl Assembler<'_> {
         parent: Option<&StoredChain>,
         base: Option<&StoredChain>,
     ) -> Result<Assembled, TransferError> {
-        let mut assembled = self.unchanged_files(base);
+        let mut assembled = self.unchanged_files(base.map(StoredChain::id));
         let mut stored = BTreeMap::new();
         let mut rewritten_files = Vec::new();
         for (name, pagemap) in pagemaps {
@@ -219,10 +219,7 @@ impl Assembler<'_> {
         })?;
         // Only now: until here other files may have been completed from the pages that arrived.
         for name in &rewritten_files {
-            let (from, to) = (
-                self.directory.join(new_name(name)),
-                self.directory.join(name),
-            );
+            let (from, to) = (self.beside(name), self.directory.join(name));
             fs::rename(&from, &to).tried("rename", &from)?;
         }
         if base.is_some() && !stored.values().any(Pagemap::needs_parent) {
@@ -275,6 +272,11 @@ impl Assembler<'_> {
         })
     }
 
+    // Not in the directory itself, where every name may be that of a file of the set.
+    fn beside(&self, name: &str) -> PathBuf {
+        self.directory.with_file_name(name)
+    }
+
     fn write_pages(
         &self,
         name: &str,
@@ -283,7 +285,7 @@ impl Assembler<'_> {
     ) -> Result<(), TransferError> {
         let page_size = rewritten.pagemap.page_size();
         let size = rewritten.digests.len() as u64 * page_size.bytes();
-        let path = self.directory.join(new_name(name));
+        let path = self.beside(name);
         let file = fs::File::create(&path).tried("create", &path)?;
         file.set_len(size).tried("extend", &path)?;
         let place = assembled
@@ -332,10 +334,6 @@ impl Assembler<'_> {
 
 fn digest_at(digests: &[Digest], block: u64) -> Digest {
     digests[usize::try_from(block).expect("blocks of a file are limited")]
-}
-
-fn new_name(name: &str) -> impl AsRef<Path> {
-    format!("{name}.new")
 }
 
 // CRIU marks pages that may be restored lazily; those that come out of a parent lost the mark.

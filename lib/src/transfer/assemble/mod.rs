@@ -20,6 +20,7 @@ use super::files::in_parallel;
 use crate::delta::{BlockRef, FileMeta, Place};
 use crate::digest::{Digest, hash_blocks};
 use crate::image::complete::{LevelFacts, SetFacts, check};
+use crate::image::walk;
 use crate::image::{
     Completeness, FileKind, ImageError, Inventory, Pagemap, PagemapName, ProcessTree,
 };
@@ -59,11 +60,13 @@ impl Assembler<'_> {
     pub(super) fn assemble(&self) -> Result<Assembled, TransferError> {
         let is_memory = |meta: &FileMeta| meta.is_pages();
         self.complete_files(|meta| !is_memory(meta))?;
-        let parent = self.parent()?;
-        let pagemaps = match self.understood() {
-            Ok(pagemaps) => pagemaps,
+        let base = self.parent_id()?;
+        let parent = base.map(|id| StoredChain::open(self.store, id)).transpose();
+        let both = parent.and_then(|parent| Ok((parent, self.understood()?)));
+        let (parent, pagemaps) = match both {
+            Ok(both) => both,
             Err(TransferError::Image(error)) if error.is_opaque() => {
-                return self.opaque(&error, parent.as_ref());
+                return self.opaque(&error, base);
             }
             Err(error) => return Err(error),
         };
@@ -92,7 +95,7 @@ impl Assembler<'_> {
     }
 
     // The stored set that the source's `parent` leads to.
-    fn parent(&self) -> Result<Option<StoredChain>, TransferError> {
+    fn parent_id(&self) -> Result<Option<u64>, TransferError> {
         let Some(parent) = &self.job.manifest.parent else {
             return Ok(None);
         };
@@ -105,7 +108,7 @@ impl Assembler<'_> {
                     parent.link
                 ))
             })?;
-        StoredChain::open(self.store, record.id).map(Some)
+        Ok(Some(record.id))
     }
 
     // The pagemaps, unless memory is stored in a way that this version does not understand.
@@ -149,24 +152,20 @@ impl Assembler<'_> {
     }
 
     // Compressed memory can be carried, not taken apart.
-    fn opaque(
-        &self,
-        why: &ImageError,
-        parent: Option<&StoredChain>,
-    ) -> Result<Assembled, TransferError> {
+    fn opaque(&self, why: &ImageError, base: Option<u64>) -> Result<Assembled, TransferError> {
         if self.layout != Layout::Faithful {
             return Err(TransferError::Layout(format!(
                 "{why}; start `crxfer recv` with --layout faithful, which carries it as it is"
             )));
         }
         self.complete_files(FileMeta::is_pages)?;
-        let mut assembled = self.unchanged_files(parent);
+        let mut assembled = self.unchanged_files(base);
         assembled.completeness = Completeness::Opaque(why.to_string());
         self.finish_files(&assembled.files)?;
         Ok(assembled)
     }
 
-    fn unchanged_files(&self, base: Option<&StoredChain>) -> Assembled {
+    fn unchanged_files(&self, base: Option<u64>) -> Assembled {
         let files: Vec<_> = self.job.recipe.files().cloned().collect();
         Assembled {
             digests: (0u32..)
@@ -174,7 +173,7 @@ impl Assembler<'_> {
                 .map(|(file, meta)| self.digests_of(file, meta))
                 .collect(),
             files,
-            base: base.map(|chain| chain.levels[0].id),
+            base,
             completeness: Completeness::PagesOnly,
         }
     }
@@ -184,9 +183,19 @@ impl Assembler<'_> {
         pagemaps: BTreeMap<PagemapName, Pagemap>,
         base: Option<&StoredChain>,
     ) -> Result<Assembled, TransferError> {
-        let mut assembled = self.unchanged_files(base);
+        let mut assembled = self.unchanged_files(base.map(StoredChain::id));
         assembled.completeness = self.completeness(&pagemaps, &assembled.files, base)?;
         Ok(assembled)
+    }
+
+    // CRIU reads only the memory of the sets that another builds on.
+    fn check_frames(&self) -> Result<(), TransferError> {
+        let names = self.job.recipe.files().map(|meta| meta.name.as_str());
+        for name in names.filter(|name| !self.job.begin.ancestor && walk::is_known(name)) {
+            let path = self.directory.join(name);
+            walk::check_image(name, fs::File::open(&path).tried("open", &path)?)?;
+        }
+        Ok(())
     }
 
     fn completeness(
@@ -214,6 +223,7 @@ impl Assembler<'_> {
             .zip(&sizes)
             .map(|(pagemaps, sizes)| LevelFacts { pagemaps, sizes })
             .collect();
+        self.check_frames()?;
         let inventory = self.inventory()?;
         let tree = ProcessTree::parse(|name| self.read_small(name))?;
         Ok(check(&SetFacts {

@@ -318,12 +318,17 @@ impl<'a> Driver<'a> {
 
     // What arrived is kept for the next attempt, unless that would keep the disk full.
     fn keep_partial(&mut self, error: Option<&TransferError>) {
-        let staged = self.staged.take();
-        let is_full = matches!(error, Some(TransferError::Store(error)) if error.is_out_of_space());
-        if let (true, Some(stage)) = (is_full, staged.and_then(|staged| staged.take_stage())) {
-            let _ = self.shared.store.discard(stage);
+        let Some(staged) = self.staged.take() else {
+            return;
+        };
+        if error.is_some_and(is_out_of_space) {
+            staged.discard();
         }
     }
+}
+
+fn is_out_of_space(error: &TransferError) -> bool {
+    matches!(error, TransferError::Store(error) if error.is_out_of_space())
 }
 
 async fn read_messages(mut messages: ControlReceiver, input: mpsc::Sender<Input>) {
@@ -460,6 +465,15 @@ impl Staged {
         Ok(handle)
     }
 
+    // Removes what arrived.
+    fn discard(&self) {
+        if let Some(stage) = self.take_stage()
+            && let Err(error) = self.store.discard(stage)
+        {
+            tracing::warn!("{error}; the next `crxfer recv` removes it");
+        }
+    }
+
     fn take_stage(&self) -> Option<Stage> {
         self.stage
             .lock()
@@ -528,9 +542,7 @@ fn store_set(
     let root = job.manifest.root();
     let name = (!begin.ancestor).then(|| begin.name.to_string());
     if let Some(done) = unchanged(shared, peer, begin, root)? {
-        if let Some(stage) = staged.take_stage() {
-            shared.store.discard(stage)?;
-        }
+        staged.discard();
         return Ok(done);
     }
     // Ancestors of a flat set are only read from: keep them small.
@@ -547,9 +559,8 @@ fn store_set(
         directory: staged.directory.clone(),
     };
     let assembled = assembler.assemble().inspect_err(|error| {
-        let is_full = matches!(error, TransferError::Store(error) if error.is_out_of_space());
-        if let (true, Some(stage)) = (is_full, staged.take_stage()) {
-            let _ = shared.store.discard(stage);
+        if is_out_of_space(error) {
+            staged.discard();
         }
     })?;
     let completeness = one_word(&assembled.completeness);
