@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 use super::error::{StoreError, Tried};
+use super::places::remove_tree;
 use super::{Index, Store};
 use crate::delta::{BlockRef, FileMeta, FileName, OPAQUE_BLOCK, Place};
 use crate::digest::{Digest, hash_blocks, tree};
@@ -73,9 +74,20 @@ impl Store {
         Ok(held)
     }
 
-    /// Forgets the index of a set whose files no longer have their bytes.
-    pub fn distrust(&self, id: u64) {
-        let _ = fs::remove_file(self.set_path(id).join("index"));
+    /// A file at `path` of the set number `id` (0: of an unfinished transfer) no longer has its
+    /// bytes: nothing is taken from there any more.
+    pub fn distrust(&self, id: u64, path: &Path) {
+        if id != 0 {
+            let _ = fs::remove_file(self.set_path(id).join("index"));
+            return;
+        }
+        let partials = self.state_path("partial");
+        if let Some(place) = path
+            .ancestors()
+            .find(|place| place.parent() == Some(&partials))
+        {
+            let _ = remove_tree(place);
+        }
     }
 }
 

@@ -59,8 +59,8 @@ impl Index {
         durable: bool,
     ) -> io::Result<()> {
         let blocks: u64 = files.iter().map(FileMeta::blocks).sum();
-        let slots =
-            usize::try_from((blocks + blocks / 2).next_power_of_two()).map_err(io::Error::other)?;
+        let slots = usize::try_from((blocks + blocks / 2 + 1).next_power_of_two())
+            .map_err(io::Error::other)?;
         let header = encode_header(files);
         let mut out = BufWriter::with_capacity(256 << 10, File::create(path)?);
         out.write_all(MAGIC)?;
@@ -170,7 +170,8 @@ impl Index {
     pub fn find(&self, id: BlockId) -> Option<(Digest, BlockRef)> {
         let mask = self.slots - 1;
         let mut slot = slot_of(id, mask);
-        loop {
+        // A whole index has empty slots; a damaged one may have none, and must not hold us up.
+        for _ in 0..self.slots {
             let number = self.slot(slot).checked_sub(1)? as usize;
             if number >= self.blocks() {
                 return None;
@@ -181,6 +182,7 @@ impl Index {
             }
             slot = (slot + 1) & mask;
         }
+        None
     }
 
     fn blocks(&self) -> usize {
@@ -318,6 +320,18 @@ mod tests {
         }
         assert_eq!(index.find(BlockId::of(&digest(number))), None);
         assert_eq!(index.file_named("c"), Some(2));
+    }
+
+    #[test]
+    fn indexes_of_few_blocks_open_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("index");
+        for blocks in 0..20 {
+            let files = [meta("a", blocks * 4096)];
+            Index::write(&path, &files, (0..blocks).map(digest), false).unwrap();
+            let index = Index::open(&path).unwrap();
+            assert_eq!(index.find(BlockId::of(&digest(blocks))), None);
+        }
     }
 
     #[test]

@@ -14,22 +14,28 @@
 mod error;
 mod held;
 mod index;
+mod list;
 mod places;
 mod record;
 mod recover;
+mod sound;
+mod verify;
 
 pub use error::StoreError;
 pub(crate) use error::Tried;
 pub use held::{Held, HeldSet};
 pub use index::Index;
+pub use list::StoredSet;
 pub use places::{NewSet, PublishedSet, Stage};
 pub use record::Record;
+pub use verify::{SetProblem, Verification};
 
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::UNIX_EPOCH;
 
 use rustix::fs::FlockOperation;
 
@@ -126,8 +132,13 @@ impl Store {
         if base.is_dir() {
             return Some(base);
         }
+        self.named_directory(record)
+    }
+
+    // Where the set is to be seen under a name, if it is.
+    fn named_directory(&self, record: &Record) -> Option<PathBuf> {
         let named = self.root.join(&record.name);
-        if !record.name.is_empty() && inode(&named) == Some(record.inode) {
+        if !record.name.is_empty() && directory_id(&named) == Some(record.directory_id) {
             return Some(named);
         }
         // Somebody may have renamed it.
@@ -135,16 +146,23 @@ impl Store {
         entries
             .flatten()
             .map(|entry| entry.path())
-            .find(|path| inode(path) == Some(record.inode))
+            .find(|path| directory_id(path) == Some(record.directory_id))
     }
 
     /// The set that has the name `name` now.
     pub fn current(&self, name: &str) -> Result<Option<Record>, StoreError> {
-        let inode = inode(&self.root.join(name));
+        let id = directory_id(&self.root.join(name));
         Ok(self
             .records()?
             .into_iter()
-            .find(|record| Some(record.inode) == inode))
+            .find(|record| Some(record.directory_id) == id))
+    }
+
+    /// The set of this peer that has the name `name` now, to build on.
+    pub fn named_by(&self, name: &str, peer: &[u8; 32]) -> Result<Record, StoreError> {
+        self.current(name)?
+            .filter(|record| record.peer == *peer)
+            .ok_or_else(|| StoreError::NoSuchSet(name.to_owned()))
     }
 
     /// How a set is called in messages: its name, or its number where that is another's by now.
@@ -156,14 +174,36 @@ impl Store {
         Ok(named.map_or_else(|| format!("#{id}"), |record| record.name.clone()))
     }
 
-    /// A set of this peer with the root digest `root`, the newest if there are several.
+    /// A set of this peer with the root digest `root` that can be built on, the newest if there are
+    /// several.
     pub fn find_root(&self, peer: &[u8; 32], root: &Digest) -> Result<Option<Record>, StoreError> {
-        let mut records = self.records()?;
-        records.retain(|record| record.root == *root && record.peer == *peer);
-        Ok(records
-            .into_iter()
+        let records = self.records()?;
+        Ok(self.sound_set(&records, peer, root).cloned())
+    }
+
+    /// Which of these sets of a chain, the oldest first, can be built on. Those below the newest
+    /// that can are not looked at: it needs them all.
+    pub fn find_chain(&self, peer: &[u8; 32], roots: &[Digest]) -> Result<Vec<bool>, StoreError> {
+        let records = self.records()?;
+        let newest = roots
+            .iter()
+            .rposition(|root| self.sound_set(&records, peer, root).is_some());
+        Ok((0..roots.len())
+            .map(|place| newest.is_some_and(|newest| place <= newest))
+            .collect())
+    }
+
+    fn sound_set<'a>(
+        &self,
+        records: &'a [Record],
+        peer: &[u8; 32],
+        root: &Digest,
+    ) -> Option<&'a Record> {
+        records
+            .iter()
             .rev()
-            .find(|record| self.directory_of(record).is_some()))
+            .filter(|record| record.root == *root && record.peer == *peer)
+            .find(|record| self.is_sound(record, records))
     }
 
     /// The index of a set's blocks.
@@ -205,11 +245,21 @@ impl Store {
     }
 }
 
-fn inode(path: &Path) -> Option<u64> {
-    fs::symlink_metadata(path)
+// By which a directory is known under whichever name. The inode's number alone is not enough: it
+// is given again as soon as somebody has removed the directory by hand, and then a foreign one would
+// be taken for a set. Where the file system keeps no birth times, the number has to do.
+fn directory_id(path: &Path) -> Option<u64> {
+    let meta = fs::symlink_metadata(path)
         .ok()
-        .filter(fs::Metadata::is_dir)
-        .map(|meta| meta.ino())
+        .filter(fs::Metadata::is_dir)?;
+    let born = meta.created().ok();
+    let Some(born) = born.and_then(|born| born.duration_since(UNIX_EPOCH).ok()) else {
+        return Some(meta.ino());
+    };
+    let text = [meta.ino().to_le_bytes(), born.as_secs().to_le_bytes()].concat();
+    let digest = Digest::of(&[text.as_slice(), &born.subsec_nanos().to_le_bytes()].concat());
+    let (low, _) = digest.0.split_first_chunk::<8>()?;
+    Some(u64::from_le_bytes(*low))
 }
 
 fn private_dirs(path: &Path) -> Result<(), StoreError> {

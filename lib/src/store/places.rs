@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,7 +12,7 @@ use rustix::fs::{CWD, RenameFlags};
 
 use super::error::{StoreError, Tried};
 use super::record::write_atomically;
-use super::{Index, Record, Store, inode};
+use super::{Index, Record, Store, directory_id};
 use crate::delta::FileMeta;
 use crate::digest::Digest;
 use crate::page::PageSize;
@@ -106,8 +106,7 @@ impl Store {
 
     /// Keeps what has arrived for the next attempt.
     pub fn abandon(&self, stage: Stage) -> Result<(), StoreError> {
-        let empty = fs::read_dir(stage.files()).is_ok_and(|mut entries| entries.next().is_none());
-        if empty {
+        if !holds_bytes(&stage.files()) {
             return remove_tree(&stage.place);
         }
         let partials = self.state_path("partial");
@@ -130,7 +129,8 @@ impl Store {
     /// Makes the staged files visible as a set, in one step.
     ///
     /// `files` and `digests` describe what lies in the stage, for the index. Everything is synced
-    /// before the switch where the place is durable.
+    /// before the switch where the place is durable. After an error nothing is visible, and what
+    /// arrived is kept for the next attempt, unless that would keep the disk full.
     pub fn publish(
         &self,
         stage: Stage,
@@ -139,38 +139,84 @@ impl Store {
         digests: impl Iterator<Item = Digest>,
     ) -> Result<PublishedSet, StoreError> {
         let _lock = self.lock()?;
+        let (published, old) = match self.switch(&stage, &new, files, digests) {
+            Ok(switched) => switched,
+            Err(error) => {
+                if let Err(second) = self.recover_stage(&stage.place, !error.is_out_of_space()) {
+                    tracing::warn!("{second}; what arrived will be sent again");
+                }
+                return Err(error);
+            }
+        };
+        // The set is visible: whatever goes wrong from here on is made good by the next `serve`.
+        if let Err(error) = self.put_away(&stage, &new, old) {
+            tracing::warn!("{error}; the set is published, the next `crxfer recv` tidies up");
+        }
+        Ok(published)
+    }
+
+    // Up to and with the step that makes the set visible; with the record that had the name.
+    fn switch(
+        &self,
+        stage: &Stage,
+        new: &NewSet,
+        files: &[FileMeta],
+        digests: impl Iterator<Item = Digest>,
+    ) -> Result<(PublishedSet, Option<Record>), StoreError> {
         let records = self.records()?;
         let current = match &new.name {
-            Some(name) => self.check_name(name, &new, &records)?,
+            Some(name) => self.check_name(name, &new.peer, new.names_are_owned, &records)?,
             None => None,
         };
         let mut notes = Vec::new();
         let base = new
             .base
-            .map(|base| self.link_base(&stage, &new, base, &records, &mut notes))
+            .map(|base| self.link_base(stage, new, base, &records, &mut notes))
             .transpose()?;
         self.sync_dir(&stage.files())?;
 
-        let record = self.remember(&stage, &new, current.as_ref(), &records, files, digests)?;
-        match (&new.name, current) {
+        let record = self.remember(stage, new, current.as_ref(), &records, files, digests)?;
+        match (&new.name, &current) {
             (None, _) => self.move_in(&stage.files(), &self.base_path(record.id))?,
             (Some(name), None) => self.move_in(&stage.files(), &self.root.join(name))?,
             (Some(name), Some(old)) => {
-                self.release_name(&old, &mut notes)?;
+                self.release_name(old, &mut notes)?;
                 let place = self.root.join(name);
                 rustix::fs::renameat_with(CWD, stage.files(), CWD, &place, RenameFlags::EXCHANGE)
                     .tried("switch", &place)?;
                 self.sync_dir(&self.root)?;
-                self.supersede(old, &stage.files())?;
             }
         }
-        remove_tree(&stage.place)?;
-        self.drop_partials(&new)?;
-        Ok(PublishedSet {
+        let published = PublishedSet {
             record,
             base,
             notes,
-        })
+        };
+        Ok((published, current))
+    }
+
+    fn put_away(&self, stage: &Stage, new: &NewSet, old: Option<Record>) -> Result<(), StoreError> {
+        if let Some(old) = old {
+            self.supersede(old, &stage.files())?;
+        }
+        let about = read_about(&stage.place);
+        remove_tree(&stage.place)?;
+        match about {
+            Some(about) => self.drop_partials(&new.peer, &about.name),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a set of this peer may be published under that name. Asked before anything is sent,
+    /// and again when it is published.
+    pub fn check_may_publish(
+        &self,
+        name: &str,
+        peer: &[u8; 32],
+        names_are_owned: bool,
+    ) -> Result<(), StoreError> {
+        self.check_name(name, peer, names_are_owned, &self.records()?)
+            .map(|_| ())
     }
 
     /// Removes what nothing needs any more: superseded generations of `name` beyond the newest
@@ -184,7 +230,7 @@ impl Store {
     /// Removes the set with this name; its generation stays, unnamed, while others build on it.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
         let _lock = self.lock()?;
-        let record = self
+        let mut record = self
             .current(name)?
             .ok_or_else(|| StoreError::NoSuchSet(name.to_owned()))?;
         self.release_name(&record, &mut Vec::new())?;
@@ -192,6 +238,9 @@ impl Store {
         let named = self.root.join(name);
         let displaced = stage.files();
         fs::remove_dir(&displaced).tried("remove", &displaced)?;
+        // Said first: what lies in a stage and is superseded is no transfer that was cut short.
+        record.superseded = true;
+        self.save(&record)?;
         fs::rename(&named, &displaced).tried("rename", &named)?;
         self.sync_dir(&self.root)?;
         self.supersede(record, &displaced)?;
@@ -202,7 +251,8 @@ impl Store {
     fn check_name(
         &self,
         name: &str,
-        new: &NewSet,
+        peer: &[u8; 32],
+        names_are_owned: bool,
         records: &[Record],
     ) -> Result<Option<Record>, StoreError> {
         let place = self.root.join(name);
@@ -211,9 +261,9 @@ impl Store {
         }
         let found = records
             .iter()
-            .find(|record| Some(record.inode) == inode(&place));
+            .find(|record| Some(record.directory_id) == directory_id(&place));
         let record = found.ok_or(StoreError::Foreign(place))?;
-        if new.names_are_owned && record.peer != new.peer {
+        if names_are_owned && record.peer != *peer {
             return Err(StoreError::NotYours(name.to_owned()));
         }
         Ok(Some(record.clone()))
@@ -243,9 +293,11 @@ impl Store {
         };
         let link = stage.files().join("parent");
         let own_name = new.name.as_deref() == Some(named.as_str());
-        let is_right =
-            !named.is_empty() && !own_name && inode(&self.root.join(&named)) == Some(record.inode);
-        if let (Some(text), true) = (&new.keep_link, is_right)
+        let is_right = !named.is_empty()
+            && !own_name
+            && directory_id(&self.root.join(&named)) == Some(record.directory_id);
+        // Names are beside named sets only: an ancestor goes to a place of its own.
+        if let (Some(text), Some(_), true) = (&new.keep_link, &new.name, is_right)
             && *text == format!("../{named}")
         {
             symlink(text, &link).tried("create", &link)?;
@@ -307,7 +359,9 @@ impl Store {
         for entry in fs::read_dir(from).tried("list", from)? {
             let entry = entry.tried("list", from)?;
             let target = building.join(entry.file_name());
-            if entry.file_name() != "parent" {
+            // What others left in the directory (a restore's sockets, a folder of logs) is no part
+            // of the set.
+            if entry.file_type().tried("examine", &entry.path())?.is_file() {
                 fs::hard_link(entry.path(), &target).tried("link", &entry.path())?;
             }
         }
@@ -336,7 +390,7 @@ impl Store {
             .max();
         debug_assert!(current.is_none_or(|current| Some(current.generation) <= last));
         let record = Record {
-            id: records.last().map_or(1, |record| record.id + 1),
+            id: self.next_id()?,
             name: new.name.clone().unwrap_or_default(),
             generation: last.unwrap_or(0) + 1,
             peer: new.peer,
@@ -346,24 +400,48 @@ impl Store {
             completeness: new.completeness.clone(),
             base: new.base,
             created_unix_s: unix_time_s(),
-            inode: inode(&stage.files()).unwrap_or(0),
+            directory_id: directory_id(&stage.files()).unwrap_or(0),
             image_bytes: new.image_bytes,
             superseded: false,
         };
         let place = self.set_path(record.id);
-        if place.exists() {
-            remove_tree(&place)?;
-        }
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&place)
             .tried("create", &place)?;
         let index = place.join("index");
         Index::write(&index, files, digests, self.durable).tried("write", &index)?;
-        record.save(&place.join("record"), self.durable)?;
+        self.save(&record)?;
         self.sync_dir(&place)?;
         self.sync_dir(&self.state_path("sets"))?;
         Ok(record)
+    }
+
+    // A number that no set has had: links and records name sets by it, and what was removed may
+    // have left some behind.
+    fn next_id(&self) -> Result<u64, StoreError> {
+        let path = self.state_path("last-id");
+        let mut last = match fs::read_to_string(&path) {
+            Ok(text) => text.trim().parse().unwrap_or(0),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error).tried("read", &path),
+        };
+        for part in ["sets", "base"] {
+            let part = self.state_path(part);
+            for entry in fs::read_dir(&part).tried("list", &part)? {
+                let name = entry.tried("list", &part)?.path();
+                let number = name
+                    .file_stem()
+                    .and_then(|name| name.to_str()?.parse().ok());
+                last = last.max(number.unwrap_or(0));
+            }
+        }
+        write_atomically(&path, (last + 1).to_string().as_bytes(), self.durable)?;
+        Ok(last + 1)
+    }
+
+    pub(super) fn save(&self, record: &Record) -> Result<(), StoreError> {
+        record.save(&self.set_path(record.id).join("record"), self.durable)
     }
 
     fn move_in(&self, from: &Path, to: &Path) -> Result<(), StoreError> {
@@ -379,10 +457,13 @@ impl Store {
             .iter()
             .filter(|user| user.base == Some(record.id) && !user.superseded)
         {
-            let link = self.root.join(&user.name).join("parent");
+            let Some(user_directory) = self.named_directory(user) else {
+                continue;
+            };
+            let link = user_directory.join("parent");
             let by_name =
                 fs::read_link(&link).is_ok_and(|text| text == Path::new("..").join(&record.name));
-            if user.name.is_empty() || !by_name {
+            if !by_name {
                 continue;
             }
             self.pin(record, &records)?;
@@ -391,7 +472,7 @@ impl Store {
             let _ = fs::remove_file(&new);
             symlink(&text, &new).tried("create", &new)?;
             fs::rename(&new, &link).tried("rename", &new)?;
-            self.sync_dir(&self.root.join(&user.name))?;
+            self.sync_dir(&user_directory)?;
             notes.push(format!(
                 "{}/parent is now {text}: the set {} has a new generation",
                 user.name, record.name
@@ -402,20 +483,24 @@ impl Store {
 
     // The directory of a set that lost its name: kept under `base` until `collect` decides.
     pub(super) fn supersede(&self, mut record: Record, displaced: &Path) -> Result<(), StoreError> {
+        if !record.superseded {
+            record.superseded = true;
+            self.save(&record)?;
+        }
         let place = self.base_path(record.id);
         if place.is_dir() {
-            remove_tree(displaced)?;
-        } else {
-            let link = displaced.join("parent");
-            if let (Some(base), Ok(_)) = (record.base, fs::read_link(&link)) {
-                self.pin_base_of(&record)?;
-                fs::remove_file(&link).tried("remove", &link)?;
-                symlink(format!("../{base}"), &link).tried("create", &link)?;
-            }
-            self.move_in(displaced, &place)?;
+            return remove_tree(displaced);
         }
-        record.superseded = true;
-        record.save(&self.set_path(record.id).join("record"), self.durable)
+        let link = displaced.join("parent");
+        if fs::symlink_metadata(&link).is_ok() {
+            fs::remove_file(&link).tried("remove", &link)?;
+        }
+        // Even where there was none: this may have been cut short right here before.
+        if let Some(base) = record.base {
+            self.pin_base_of(&record)?;
+            symlink(format!("../{base}"), &link).tried("create", &link)?;
+        }
+        self.move_in(displaced, &place)
     }
 
     fn pin_base_of(&self, record: &Record) -> Result<(), StoreError> {
@@ -437,7 +522,8 @@ impl Store {
                 .max()
                 .unwrap_or(0);
             let is_kept = |record: &Record| {
-                Some(record.name.as_str()) != name || record.generation + keep >= newest && keep > 0
+                Some(record.name.as_str()) != name
+                    || record.generation.saturating_add(keep) >= newest && keep > 0
             };
             let is_base = |id: u64| records.iter().any(|record| record.base == Some(id));
             let garbage = records.iter().find(|record| {
@@ -445,7 +531,7 @@ impl Store {
                 unnamed && !is_base(record.id) && !self.is_in_use(record.id)
             });
             let Some(record) = garbage else { break };
-            remove_if_there(&self.base_path(record.id))?;
+            self.remove_base(record.id)?;
             remove_tree(&self.set_path(record.id))?;
         }
         self.unpin_unused()
@@ -464,18 +550,31 @@ impl Store {
             .filter(|record| !record.superseded && !record.name.is_empty())
         {
             let is_base = records.iter().any(|other| other.base == Some(record.id));
-            let named = inode(&self.root.join(&record.name)) == Some(record.inode);
+            let named = directory_id(&self.root.join(&record.name)) == Some(record.directory_id);
             if named && !is_base && !self.is_in_use(record.id) {
-                remove_if_there(&self.base_path(record.id))?;
+                self.remove_base(record.id)?;
             }
         }
         Ok(())
     }
 
+    // In one step: half a directory there would pass for the set.
+    fn remove_base(&self, id: u64) -> Result<(), StoreError> {
+        let place = self.base_path(id);
+        let going = place.with_extension("new");
+        if going.exists() {
+            remove_tree(&going)?;
+        }
+        if !place.exists() {
+            return Ok(());
+        }
+        fs::rename(&place, &going).tried("rename", &place)?;
+        remove_tree(&going)
+    }
+
     // The transfer that left them has been made good.
-    fn drop_partials(&self, new: &NewSet) -> Result<(), StoreError> {
-        let Some(name) = &new.name else { return Ok(()) };
-        for (place, about) in self.partials(&new.peer)? {
+    fn drop_partials(&self, peer: &[u8; 32], name: &str) -> Result<(), StoreError> {
+        for (place, about) in self.partials(peer)? {
             if about.name == *name {
                 remove_tree(&place)?;
             }
@@ -492,10 +591,7 @@ impl Store {
         let mut found = Vec::new();
         for entry in fs::read_dir(&path).tried("list", &path)? {
             let place = entry.tried("list", &path)?.path();
-            let about = fs::read(place.join("about"))
-                .ok()
-                .and_then(|bytes| v1::PartialRecord::decode(&*bytes).ok());
-            match about {
+            match read_about(&place) {
                 Some(about) if about.peer == peer => found.push((place, about)),
                 _ => {}
             }
@@ -503,6 +599,23 @@ impl Store {
         found.sort_by_key(|(place, _)| std::cmp::Reverse(modified(place)));
         Ok(found)
     }
+}
+
+pub(super) fn read_about(place: &Path) -> Option<v1::PartialRecord> {
+    let bytes = fs::read(place.join("about")).ok()?;
+    v1::PartialRecord::decode(&*bytes).ok()
+}
+
+// Staged files have their full length from the start: what counts is what was written.
+fn holds_bytes(files: &Path) -> bool {
+    let Ok(mut entries) = fs::read_dir(files) else {
+        return false;
+    };
+    entries.any(|entry| {
+        entry
+            .and_then(|entry| entry.metadata())
+            .is_ok_and(|meta| meta.is_file() && meta.blocks() > 0)
+    })
 }
 
 fn modified(path: &Path) -> Option<SystemTime> {
@@ -521,12 +634,4 @@ fn unix_time_s() -> u64 {
 
 pub(super) fn remove_tree(path: &Path) -> Result<(), StoreError> {
     fs::remove_dir_all(path).tried("remove", path)
-}
-
-fn remove_if_there(path: &Path) -> Result<(), StoreError> {
-    if path.exists() {
-        remove_tree(path)
-    } else {
-        Ok(())
-    }
 }

@@ -35,8 +35,8 @@ pub struct Record {
     pub base: Option<u64>,
     /// When it was published, in seconds since 1970.
     pub created_unix_s: u64,
-    /// Inode of its directory, by which it is found under whichever name.
-    pub inode: u64,
+    /// By which its directory is found under whichever name: made of inode and time of birth.
+    pub directory_id: u64,
     /// Size of the source's files.
     pub image_bytes: u64,
     /// Its name was given to a newer generation.
@@ -72,7 +72,7 @@ impl Record {
             completeness: record.completeness,
             base: Some(record.base).filter(|&base| base != 0),
             created_unix_s: record.created_unix_s,
-            inode: record.inode,
+            directory_id: record.directory_id,
             image_bytes: record.image_bytes,
             superseded: record.superseded,
         })
@@ -90,7 +90,7 @@ impl Record {
             completeness: self.completeness.clone(),
             base: self.base.unwrap_or(0),
             created_unix_s: self.created_unix_s,
-            inode: self.inode,
+            directory_id: self.directory_id,
             image_bytes: self.image_bytes,
             superseded: self.superseded,
         }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::TransferError;
 use crate::delta::BlockRef;
 use crate::digest::Digest;
+use crate::image::pagemap::MAX_FILE_BYTES;
 use crate::image::{
     FileKind, ImageError, Pagemap, PagemapName, ResolvedRun, Source, pages_file_name, resolve,
 };
@@ -24,7 +25,13 @@ pub(super) fn read_pagemaps(
         let entry = entry.tried("list", directory)?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if let FileKind::Pagemap(pagemap) = FileKind::of(&name) {
-            let bytes = fs::read(entry.path()).tried("read", &entry.path())?;
+            // Its size is what the source said: a file of holes costs the source nothing.
+            let (path, limit) = (entry.path(), MAX_FILE_BYTES);
+            let size = entry.metadata().tried("examine", &path)?.len();
+            if size > limit {
+                return Err(ImageError::TooLarge { path, size, limit }.into());
+            }
+            let bytes = fs::read(&path).tried("read", &path)?;
             pagemaps.insert(pagemap, Pagemap::parse(&bytes, &name, page_size)?);
         }
     }

@@ -383,9 +383,9 @@ pub struct SetRecord {
     pub base: u64,
     #[prost(uint64, tag = "10")]
     pub created_unix_s: u64,
-    /// of its directory: finds it again under whichever name
+    /// of inode and birth time: finds it again under whichever name
     #[prost(uint64, tag = "11")]
-    pub inode: u64,
+    pub directory_id: u64,
     /// size of the source's files
     #[prost(uint64, tag = "12")]
     pub image_bytes: u64,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::Assembler;
 use super::memory::MemoryPages;
 use crate::image::{Pagemap, PagemapName};
-use crate::store::{Record, StoreError};
+use crate::store::Record;
 use crate::transfer::TransferError;
 use crate::transfer::chain::{PageDigests, StoredChain};
 
@@ -28,18 +28,15 @@ impl Assembler<'_> {
         parent: Option<&StoredChain>,
     ) -> Result<Option<StoredChain>, TransferError> {
         if let Some(name) = &self.job.begin.base_name {
-            let record = self.store.current(name.as_str())?;
-            let record = record.filter(|record| record.peer == self.peer);
-            let record = record.ok_or_else(|| StoreError::NoSuchSet(name.to_string()))?;
-            return self.usable(&record);
+            let record = self.store.named_by(name.as_str(), &self.peer)?;
+            return self.usable(&record, &self.store.records()?);
         }
         if let Some(parent) = parent {
-            let record = self
-                .store
-                .records()?
-                .into_iter()
+            let records = self.store.records()?;
+            let record = records
+                .iter()
                 .find(|record| record.id == parent.levels[0].id);
-            return record.map_or(Ok(None), |record| self.usable(&record));
+            return record.map_or(Ok(None), |record| self.usable(record, &records));
         }
         self.most_alike(pagemaps)
     }
@@ -51,8 +48,9 @@ impl Assembler<'_> {
         let pages: u64 = pagemaps.values().map(Pagemap::present_pages).sum();
         let mut best = None;
         let mut most = pages / LEAST_SHARE;
-        for record in self.candidates()? {
-            let Some(chain) = self.usable(&record)? else {
+        let records = self.store.records()?;
+        for record in self.candidates(records.clone()) {
+            let Some(chain) = self.usable(&record, &records)? else {
                 continue;
             };
             let shared = self.shared_pages(pagemaps, &chain)?;
@@ -69,8 +67,7 @@ impl Assembler<'_> {
     }
 
     // The set with the same name first, then the newest.
-    fn candidates(&self) -> Result<Vec<Record>, TransferError> {
-        let mut records = self.store.records()?;
+    fn candidates(&self, mut records: Vec<Record>) -> Vec<Record> {
         records.retain(|record| {
             record.peer == self.peer && record.page_size == self.job.manifest.page_size
         });
@@ -78,11 +75,19 @@ impl Assembler<'_> {
         records
             .sort_by_key(|record| record.superseded || record.name != self.job.begin.name.as_str());
         records.truncate(COMPARED);
-        Ok(records)
+        records
     }
 
-    fn usable(&self, record: &Record) -> Result<Option<StoredChain>, TransferError> {
-        if record.completeness == "opaque" || record.page_size != self.job.manifest.page_size {
+    // Its pages are compared by the digests in its index, not read: it must be what it was.
+    fn usable(
+        &self,
+        record: &Record,
+        records: &[Record],
+    ) -> Result<Option<StoredChain>, TransferError> {
+        if record.completeness == "opaque"
+            || record.page_size != self.job.manifest.page_size
+            || !self.store.is_sound(record, records)
+        {
             return Ok(None);
         }
         match StoredChain::open(self.store, record.id) {

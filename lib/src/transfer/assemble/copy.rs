@@ -109,14 +109,26 @@ impl Pieces {
     }
 }
 
-/// Writes `pieces` to their places in the file `path`, which exists. `locate` gives the file, block
-/// and set number of an origin; zero blocks are left as holes.
+/// Where in a file the blocks of a piece begin.
+#[derive(Debug)]
+pub(super) struct Located {
+    pub(super) path: PathBuf,
+    pub(super) block: u64,
+    /// Length of the blocks of that file. It may be another than in the file that is written: a
+    /// page can equal the last, shorter block of a file of bytes.
+    pub(super) block_len: u32,
+    /// Number of the set's record, 0 for what is arriving or was left unfinished.
+    pub(super) set: u64,
+}
+
+/// Writes `pieces` to their places in the file `path`, which exists. `locate` says where an origin
+/// is; zero blocks are left as holes.
 pub(super) fn copy_pieces(
     path: &Path,
     meta: &FileMeta,
     digest: impl Fn(u64) -> Digest + Sync,
     pieces: Vec<Piece>,
-    locate: impl Fn(Origin) -> Option<(PathBuf, u64, u64)> + Sync,
+    locate: impl Fn(&Origin) -> Option<Located> + Sync,
 ) -> Result<(), TransferError> {
     let out = OpenOptions::new()
         .write(true)
@@ -133,12 +145,13 @@ pub(super) fn copy_pieces(
         })
         .collect();
     let copy = |&(piece, skip): &(&Piece, u64)| -> Result<(), TransferError> {
-        let Some((from, first, set)) = locate(piece.origin.clone()) else {
+        let Some(located) = locate(&piece.origin) else {
             return Ok(());
         };
+        let (from, set) = (located.path, located.set);
         let count = most.min(piece.count - skip);
         let target = meta.bytes_of(&(piece.out + skip..piece.out + skip + count));
-        let source_block = first + skip;
+        let source_block = located.block + skip;
         let damaged = |block| StoreError::Damaged {
             path: from.clone(),
             block,
@@ -150,7 +163,7 @@ pub(super) fn copy_pieces(
                 .expect("a segment fits into memory")
         ];
         let read = open.get(&from).and_then(|file| {
-            file.read_exact_at(&mut bytes, source_block * u64::from(meta.block_len))
+            file.read_exact_at(&mut bytes, source_block * u64::from(located.block_len))
         });
         match read {
             Err(error)

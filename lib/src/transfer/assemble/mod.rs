@@ -13,7 +13,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use self::copy::{Origin, Piece, Pieces, copy_pieces};
+use self::copy::{Located, Origin, Piece, Pieces, copy_pieces};
 use super::TransferError;
 use super::chain::{StoredChain, read_pagemaps};
 use super::files::in_parallel;
@@ -24,7 +24,7 @@ use crate::image::{
     Completeness, FileKind, ImageError, Inventory, Pagemap, PagemapName, ProcessTree,
 };
 use crate::session::StoreJob;
-use crate::store::{Held, Store, Tried as _};
+use crate::store::{Held, Store, StoreError, Tried as _};
 use crate::wire::Layout;
 
 /// Largest file that is read whole for its records.
@@ -270,30 +270,43 @@ impl Assembler<'_> {
         digest: impl Fn(u64) -> Digest + Sync,
         pieces: Vec<Piece>,
     ) -> Result<(), TransferError> {
-        let locate = |origin: Origin| match origin {
+        let locate = |origin: &Origin| match origin {
             Origin::Zero => None,
             Origin::Staged(at) => {
-                let name = self.job.recipe.file(at.file).name.as_str();
-                Some((self.directory.join(name), at.block, 0))
+                let from = self.job.recipe.file(at.file);
+                Some(Located {
+                    path: self.directory.join(from.name.as_str()),
+                    block: at.block,
+                    block_len: from.block_len,
+                    set: 0,
+                })
             }
             Origin::Held { store, at } => {
-                let set = self.held.set(store);
-                Some((
-                    set.directory.join(set.index.file(at.file).name.as_str()),
-                    at.block,
-                    set.id,
-                ))
+                let set = self.held.set(*store);
+                let from = set.index.file(at.file);
+                Some(Located {
+                    path: set.directory.join(from.name.as_str()),
+                    block: at.block,
+                    block_len: from.block_len,
+                    set: set.id,
+                })
             }
             Origin::Stored {
-                ref directory,
-                ref name,
+                directory,
+                name,
                 block,
                 set,
-            } => Some((directory.join(&**name), block, set)),
+            } => Some(Located {
+                path: directory.join(&**name),
+                block: *block,
+                // Pages of a chain are all of one size.
+                block_len: meta.block_len,
+                set: *set,
+            }),
         };
         let result = copy_pieces(path, meta, digest, pieces, locate);
-        if let Err(TransferError::Store(crate::store::StoreError::Damaged { set, .. })) = &result {
-            self.store.distrust(*set);
+        if let Err(TransferError::Store(StoreError::Damaged { set, path, .. })) = &result {
+            self.store.distrust(*set, path);
         }
         result
     }

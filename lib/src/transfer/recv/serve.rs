@@ -22,9 +22,11 @@ use crate::ticket::{Role, proof};
 use crate::transfer::assemble::Assembler;
 use crate::transfer::event::{Event, Received};
 use crate::transfer::{TransferError, software};
-use crate::transport::{BulkReceiver, Connection, ControlReceiver, ControlSender, TransportError};
+use crate::transport::{
+    BulkReceiver, Connection, ControlReceiver, ControlSender, HANDSHAKE_TIMEOUT, TransportError,
+};
 use crate::wire::{
-    BeginSet, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError,
+    BeginSet, BlockId, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError,
     decode_ops, limits,
 };
 
@@ -45,7 +47,10 @@ pub(super) async fn serve(
     let address = connection.remote_address();
     let peer = connection.peer();
     shared.events.emit(Event::Connected { address, peer });
-    let (control, messages) = connection.accept_control().await?;
+    // Until then nobody watches the peer: it must not hold its place by saying nothing.
+    let begun = tokio::time::timeout(HANDSHAKE_TIMEOUT, connection.accept_control()).await;
+    let (control, messages) =
+        begun.map_err(|_| SessionError::Silent(HANDSHAKE_TIMEOUT.as_secs()))??;
     let mut driver = Driver::new(&connection, shared.clone(), control);
     let outcome = driver.run(messages).await;
     driver.keep_partial(outcome.as_ref().err());
@@ -222,7 +227,8 @@ impl<'a> Driver<'a> {
                 self.destination.handle_segment_found(at, found)?;
             }
             DestinationCommand::FindBlocks(at, ids) => {
-                let found: Vec<_> = ids.iter().map(|id| self.held.as_ref()?.find(*id)).collect();
+                let find = |id: &BlockId| self.held.as_ref()?.find(*id);
+                let found: Vec<_> = ids.iter().map(find).collect();
                 self.destination.handle_blocks_found(at, &ids, &found)?;
             }
             DestinationCommand::Store(job) => self.store(job),
@@ -232,9 +238,7 @@ impl<'a> Driver<'a> {
 
     fn find_roots(&mut self, roots: &[Digest]) -> Result<(), TransferError> {
         let peer = self.connection.peer().0;
-        let find =
-            |root| Ok::<_, TransferError>(self.shared.store.find_root(&peer, root)?.is_some());
-        let held = roots.iter().map(find).collect::<Result<_, _>>()?;
+        let held = self.shared.store.find_chain(&peer, roots)?;
         self.destination.handle_roots_found(held);
         Ok(())
     }
@@ -386,11 +390,19 @@ struct Staged {
 
 impl Staged {
     fn prepare(
-        store: Store,
+        shared: &Shared,
         peer: &[u8; 32],
         begin: &BeginSet,
         files: Vec<FileMeta>,
     ) -> Result<(Self, Held), TransferError> {
+        let store = shared.store.clone();
+        // What would be refused in the end is refused before the bytes are sent.
+        if !begin.ancestor {
+            store.check_may_publish(begin.name.as_str(), peer, shared.pinned)?;
+        }
+        if let Some(base) = &begin.base_name {
+            store.named_by(base.as_str(), peer)?;
+        }
         let held = store.held_of(peer)?;
         let stage = store.stage(peer, begin.name.as_str(), begin.page_size)?;
         let directory = stage.files();
@@ -497,7 +509,7 @@ fn prepare_set(
     {
         return Ok(Input::Stored(Box::new(done)));
     }
-    let (staged, held) = Staged::prepare(shared.store.clone(), &peer, begin, files)?;
+    let (staged, held) = Staged::prepare(shared, &peer, begin, files)?;
     Ok(Input::Prepared {
         staged: Arc::new(staged),
         held: Arc::new(held),
@@ -534,7 +546,12 @@ fn store_set(
         layout,
         directory: staged.directory.clone(),
     };
-    let assembled = assembler.assemble()?;
+    let assembled = assembler.assemble().inspect_err(|error| {
+        let is_full = matches!(error, TransferError::Store(error) if error.is_out_of_space());
+        if let (true, Some(stage)) = (is_full, staged.take_stage()) {
+            let _ = shared.store.discard(stage);
+        }
+    })?;
     let completeness = one_word(&assembled.completeness);
     let stage = staged.take_stage().ok_or(TransferError::Cancelled)?;
     let keep_link = job
@@ -595,8 +612,12 @@ fn unchanged(
         return Ok(None);
     }
     let current = shared.store.current(begin.name.as_str())?;
+    let records = shared.store.records()?;
     let same = current.filter(|record| {
-        record.peer == peer && record.root == root && record.layout == shared.layout
+        record.peer == peer
+            && record.root == root
+            && record.layout == shared.layout
+            && shared.store.is_sound(record, &records)
     });
     let Some(record) = same else { return Ok(None) };
     let base = record.base.map(|id| shared.store.name_of(id)).transpose()?;

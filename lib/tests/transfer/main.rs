@@ -1,0 +1,9 @@
+//! Whole transfers over loopback, seen from outside: what is sent, and what then lies in the
+//! receiving directory.
+
+mod bad_input;
+mod images;
+mod interrupted;
+mod layouts;
+mod peers;
+mod support;
