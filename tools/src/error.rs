@@ -75,7 +75,7 @@ impl Failed {
             }
             Self::Usage(text) | Self::Unresolved(text) | Self::Unsound(text) => text.clone(),
             Self::Output(error) => format!("cannot print the result: {error}"),
-            Self::Stopped => "stopped; nothing was published, and the next attempt sends only \
+            Self::Stopped => "stopped; sending again costs only \
                               what is missing"
                 .to_owned(),
         }

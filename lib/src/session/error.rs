@@ -66,7 +66,10 @@ impl SessionError {
             Self::Version { .. } => FailureCode::Version,
             Self::Ticket => FailureCode::Ticket,
             Self::TooLarge { .. } => FailureCode::Limit,
-            Self::Content(_) | Self::Root | Self::Changed(_) => FailureCode::Content,
+            Self::Content(RecipeError::WrongBytes { .. } | RecipeError::WrongFile { .. })
+            | Self::Root
+            | Self::Changed(_) => FailureCode::Content,
+            Self::Content(_) => FailureCode::Protocol,
             Self::Silent(_) => FailureCode::Cancelled,
         };
         Some(Failure::new(code, self.to_string()))

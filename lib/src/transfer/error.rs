@@ -50,7 +50,7 @@ pub enum TransferError {
     #[error(transparent)]
     Bind(#[from] BindError),
     /// The connection broke.
-    #[error("{0}; nothing was published, and the next attempt sends only what is missing")]
+    #[error("{0}; sending again costs only what is missing there")]
     Transport(#[from] TransportError),
     /// The session ended.
     #[error(transparent)]
@@ -59,7 +59,7 @@ pub enum TransferError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// Something stopped it.
-    #[error("stopped; nothing was published, and the next attempt sends only what is missing")]
+    #[error("stopped; sending again costs only what is missing there")]
     Cancelled,
 }
 

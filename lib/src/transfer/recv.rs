@@ -14,7 +14,7 @@ use super::event::{Event, Events};
 use crate::identity::Fingerprint;
 use crate::store::{ServingLock, Store};
 use crate::ticket::{Secret, Ticket};
-use crate::transport::{self, CloseCode, Identity, Server, Trust};
+use crate::transport::{self, CloseCode, Identity, Incoming, Server, Trust};
 use crate::wire::Layout;
 
 /// Transfers at the same time; more are told to come back.
@@ -159,7 +159,7 @@ impl Receiver {
         let places = Arc::new(tokio::sync::Semaphore::new(CONNECTIONS));
         while let Some(incoming) = self.server.accept().await {
             let Ok(place) = places.clone().try_acquire_owned() else {
-                incoming.refuse();
+                tokio::spawn(turn_away(incoming));
                 continue;
             };
             let shared = self.shared.clone();
@@ -178,5 +178,13 @@ impl Receiver {
                 drop(place);
             });
         }
+    }
+}
+
+// In words, so that the source knows that trying again helps.
+async fn turn_away(incoming: Incoming) {
+    if let Ok(connection) = incoming.complete().await {
+        let reason = "too many transfers at once; try again later";
+        connection.close_and_tell(CloseCode::Busy, reason).await;
     }
 }

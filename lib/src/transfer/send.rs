@@ -435,6 +435,8 @@ impl<'a> Driver<'a> {
                 .write_message(&Message::Failure(failure).encode())
                 .await;
             let _ = self.control.finish();
+            // Closing at once could drop what was just written.
+            let _ = tokio::time::timeout(Duration::from_secs(1), self.connection.closed()).await;
             return error;
         }
         // A broken stream is often the echo of a failure that the destination explains.

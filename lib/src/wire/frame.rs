@@ -1,7 +1,7 @@
 //! Frames of blocks on the unidirectional streams.
 //!
 //! ```text
-//! 0      4      8              16     17     18   20       24         28           32
+//! 0      4      8              16     17          20       24         28           32
 //! | set  | file | segment      | codec| 0    | ops len     | raw len  | payload len | ops … | payload …
 //! ```
 //! All numbers are little-endian. `ops len` is the length of the ops in bytes, `raw len` is the length of the literal blocks, `payload len` that

@@ -1,6 +1,6 @@
 //! Every limit on what the peer states, in one place.
 
-/// Bytes of one control message. The largest are lists of files: 1,024 names of 255 bytes.
+/// Bytes of one control message. The largest are lists of 16,384 file digests, 0.6 MB.
 pub const CONTROL_MESSAGE: usize = 1 << 20;
 
 /// Files in one set. A tree of 10,000 processes with 8 threads each has about 150,000 files.
@@ -40,5 +40,5 @@ pub const FRAME_OPS: usize = SEGMENT_BLOCKS;
 /// Bytes of literal blocks in one frame, before and after compression: one segment.
 pub const FRAME_BYTES: u32 = 2 << 20;
 
-/// Characters of a text for humans (a reason, a note, a link).
+/// Bytes (and up to three more, to end at a character) of a text for humans (a reason, a note, a link).
 pub const TEXT: usize = 4096;

@@ -143,7 +143,6 @@ impl<'a> Driver<'a> {
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     async fn run(&mut self, messages: ControlReceiver) -> Result<(), TransferError> {
         tokio::spawn(read_messages(messages, self.input.clone()));
-        tokio::spawn(read_streams(self.connection.clone(), self.input.clone()));
         loop {
             while let Some(command) = self.destination.poll_command() {
                 self.carry_out(command).await?;
@@ -244,6 +243,10 @@ impl<'a> Driver<'a> {
     }
 
     fn prepare(&mut self, begin: BeginSet, files: Vec<FileMeta>) {
+        // Not before: whoever has not shown a ticket must not make us hold frames.
+        if begin.set == 1 {
+            tokio::spawn(read_streams(self.connection.clone(), self.input.clone()));
+        }
         self.done_bytes = 0;
         self.shared.events.emit(Event::SetBegun {
             name: begin.name.to_string(),
@@ -594,7 +597,7 @@ fn store_set(
         .store
         .directory_of(&published.record)
         .unwrap_or_default();
-    let received = Received {
+    let mut received = Received {
         name: name.unwrap_or_default(),
         path: if begin.ancestor {
             path
@@ -609,6 +612,11 @@ fn store_set(
         image_bytes: begin.total_bytes,
         notes: published.notes,
     };
+    if let (Some(base), true) = (&begin.base_name, layout != Layout::Incremental) {
+        let layout = layout.as_str();
+        let note = format!("--base {base} has no effect: this destination stores {layout} sets");
+        received.notes.push(note);
+    }
     Ok((to_published(begin.set, &received), received))
 }
 
@@ -619,7 +627,8 @@ fn unchanged(
     begin: &BeginSet,
     root: Digest,
 ) -> Result<Option<(Published, Received)>, TransferError> {
-    if begin.ancestor || begin.base_name.is_some() {
+    let rebased = shared.layout == Layout::Incremental && begin.base_name.is_some();
+    if begin.ancestor || rebased {
         return Ok(None);
     }
     let current = shared.store.current(begin.name.as_str())?;
