@@ -1,126 +1,101 @@
-//! The crxfer command.
+//! The crxfer command: parses arguments, calls the library, prints, gives an exit code.
+//!
+//! Nothing here decides about a transfer; what it does stands in the crate `crxfer`.
 
-use std::path::PathBuf;
+mod args;
+mod error;
+mod exit;
+mod generate;
+mod inspect;
+mod key;
+mod output;
+mod progress;
+mod recv;
+mod send;
+mod sets;
+mod size;
+mod stop;
+mod summary;
+mod target;
+mod verify;
 
-use clap::{Parser, Subcommand};
-use crxfer::transfer::{Event, Events, ReceiveOptions, Receiver, SendOptions, Target, send};
-use crxfer::transport::{Identity, Options};
-use crxfer::wire::Layout;
+use std::process::ExitCode;
+use std::time::Duration;
 
-#[derive(Debug, Parser)]
-#[command(name = "crxfer", version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
-#[derive(Debug, Subcommand)]
-enum Command {
-    Recv {
-        #[arg(long)]
-        dir: PathBuf,
-        #[arg(long, default_value = "[::]:0")]
-        listen: std::net::SocketAddr,
-        #[arg(long)]
-        ticket_file: Option<PathBuf>,
-        #[arg(long)]
-        once: bool,
-        #[arg(long, default_value = "faithful")]
-        layout: String,
-        #[arg(long)]
-        json: bool,
-    },
-    Send {
-        dir: PathBuf,
-        #[arg(long)]
-        to: String,
-        #[arg(long)]
-        name: Option<String>,
-        #[arg(long)]
-        base: Option<String>,
-        #[arg(long)]
-        bwlimit: Option<u64>,
-        #[arg(long)]
-        json: bool,
-    },
-}
+use self::args::{Cli, Command};
+use self::error::Failed;
+use self::exit::Exit;
 
-#[tokio::main]
-async fn main() {
+/// What still runs when `recv` ends (writing, publishing) may take this long to end well.
+const LAST_WORK: Duration = Duration::from_secs(5);
+
+/// When `send` ends only reading can still be under way.
+const LAST_READ: Duration = Duration::from_millis(100);
+
+fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Err(error) = run(cli).await {
-        eprintln!("crxfer: {error}");
-        std::process::exit(1);
+    log_to_stderr(cli.verbose);
+    match run(cli.command) {
+        Ok(()) => Exit::Done.code().into(),
+        Err(failed) => {
+            output::hint(&format!("crxfer: {}", failed.text()));
+            failed.exit().code().into()
+        }
     }
 }
 
-async fn run(cli: Cli) -> Result<(), Box<dyn std::error::Error>> {
-    match cli.command {
-        Command::Recv {
-            dir,
-            listen,
-            ticket_file,
-            once,
-            layout,
-            ..
-        } => {
-            let receiver = Receiver::bind(ReceiveOptions {
-                directory: dir,
-                listen: vec![listen],
-                layout: match layout.as_str() {
-                    "incremental" => Layout::Incremental,
-                    "flat" => Layout::Flat,
-                    _ => Layout::Faithful,
-                },
-                max_set_bytes: None,
-                keep: 0,
-                identity: None,
-                peers: Vec::new(),
-                transport: Options::default(),
-                events: Events::new(|event| match event {
-                    Event::Progress { .. } => {}
-                    other => eprintln!("{other:?}"),
-                }),
-            })?;
-            let ticket = receiver.ticket().unwrap().to_string();
-            println!("{ticket}");
-            if let Some(file) = ticket_file {
-                std::fs::write(file.with_extension("tmp"), &ticket)?;
-                std::fs::rename(file.with_extension("tmp"), file)?;
-            }
-            receiver.run(once).await;
-            receiver.close().await;
-        }
-        Command::Send {
-            dir,
-            to,
-            name,
-            base,
-            bwlimit,
-            ..
-        } => {
-            let to = match to.strip_prefix('@') {
-                Some(file) => std::fs::read_to_string(file)?,
-                None => to,
-            };
-            let state = std::env::var("HOME").unwrap_or("/root".into());
-            let report = send(SendOptions {
-                directory: dir,
-                name: name.map(crxfer::delta::SetName::new).transpose()?,
-                base: base.map(crxfer::delta::SetName::new).transpose()?,
-                page_size: None,
-                bytes_per_s: bwlimit,
-                target: Target::Ticket(to.trim().parse()?),
-                identity: Identity::load_or_create(
-                    &PathBuf::from(state).join(".local/state/crxfer/identity.pem"),
-                )?,
-                memo: std::env::var_os("CRXFER_MEMO").map(Into::into),
-                transport: Options::default(),
-                events: Events::none(),
-            })
-            .await?;
-            println!("{report:?}");
-        }
+fn run(command: Command) -> Result<(), Failed> {
+    match command {
+        Command::Recv(args) => block_on(recv::run(args), LAST_WORK),
+        Command::Send(args) => block_on(send::run(args), LAST_READ),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Verify(args) => verify::run(&args),
+        Command::Diff(args) => inspect::diff(&args),
+        Command::Flatten(args) => inspect::flatten(&args),
+        Command::List(args) => sets::list(&args),
+        Command::Rm(args) => sets::rm(&args),
+        Command::Keygen(args) => generate::keygen(&args),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
     }
-    Ok(())
+}
+
+fn block_on(
+    future: impl Future<Output = Result<(), Failed>>,
+    last: Duration,
+) -> Result<(), Failed> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(Failed::file("start threads of", "this process".as_ref()))?;
+    let result = runtime.block_on(future);
+    runtime.shutdown_timeout(last);
+    result
+}
+
+/// Silent unless asked: with -v, or with RUST_LOG.
+fn log_to_stderr(verbose: u8) {
+    let level = match verbose {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    let asked = std::env::var("RUST_LOG")
+        .ok()
+        .filter(|text| !text.is_empty());
+    if verbose == 0 && asked.is_none() {
+        return;
+    }
+    let filter = EnvFilter::builder()
+        .with_default_directive(level.into())
+        .parse_lossy(asked.unwrap_or_default());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
 }

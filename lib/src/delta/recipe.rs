@@ -1,5 +1,7 @@
 //! The recipe of one set on the destination: for each block its digest and where its bytes are.
 
+use std::collections::BTreeMap;
+
 use hashbrown::HashTable;
 
 use super::manifest::FileMeta;
@@ -199,7 +201,6 @@ pub enum RecipeError {
 
 #[derive(Debug)]
 enum Segment {
-    Unknown,
     Zero,
     Blocks {
         digests: Box<[Digest]>,
@@ -210,8 +211,9 @@ enum Segment {
 #[derive(Debug)]
 struct FileRecipe {
     meta: FileMeta,
-    // Grows as segments come: memory follows what arrived, not what was announced.
-    segments: Vec<Segment>,
+    // Those that came, by number: memory follows what arrived, not what was announced. A list
+    // would not do: one frame for the last segment of a file of 4 TiB would make it 128 MiB long.
+    segments: BTreeMap<u64, Segment>,
 }
 
 /// Where every block of a set comes from. Filled as the source describes the set, then complete.
@@ -228,7 +230,7 @@ impl Recipe {
             .into_iter()
             .map(|meta| FileRecipe {
                 meta,
-                segments: Vec::new(),
+                segments: BTreeMap::new(),
             })
             .collect();
         Self {
@@ -263,8 +265,8 @@ impl Recipe {
     pub fn block(&self, at: BlockRef) -> (Digest, Place) {
         let file = &self.files[at.file as usize];
         let (segment, index) = file.locate(at.block);
-        match file.segments.get(segment) {
-            None | Some(Segment::Unknown) => (Digest([0; 32]), Place::Unknown),
+        match file.segments.get(&segment) {
+            None => (Digest([0; 32]), Place::Unknown),
             Some(Segment::Zero) => (zero_digest(file.meta.block_bytes(at.block)), Place::Zero),
             Some(Segment::Blocks { digests, places }) => {
                 (digests[index], Place::unpack(places[index]))
@@ -295,7 +297,10 @@ impl Recipe {
 
     /// Takes the ids of a segment's blocks and returns which of them must be sent.
     ///
-    /// `found` says for each id, in their order, whether and where the destination holds the block.
+    /// `found` has one entry for each id: what the destination holds under it.
+    ///
+    /// # Panics
+    /// If `found` has another length than `ids`.
     pub fn set_ids(
         &mut self,
         file: u32,
@@ -303,25 +308,30 @@ impl Recipe {
         ids: &[BlockId],
         found: &[Option<(Digest, Place)>],
     ) -> Result<Vec<bool>, RecipeError> {
+        assert_eq!(found.len(), ids.len(), "one answer for each id");
         self.check_new(file, segment, ids.len() as u64)?;
         let first = self.file(file).segment_range(segment).start;
-        let zero_id = BlockId::of(&zero_digest(self.file(file).block_bytes(first)));
+        let zero_id = |block| BlockId::of(&zero_digest(self.file(file).block_bytes(block)));
+        // Only the last block of a file can be shorter than the others.
+        let last = first + (ids.len() as u64 - 1);
+        let (zero, last_zero) = (zero_id(first), zero_id(last));
         let mut lacking = vec![false; ids.len()];
         // The digests go in first: FirstSeen compares through them.
         let digests = ids.iter().map(|id| id.as_prefix()).collect();
         let places = vec![Place::Wanted.pack(); ids.len()].into();
         self.put(file, segment, Segment::Blocks { digests, places });
-        for (index, &id) in ids.iter().enumerate() {
+        for (index, (&id, found)) in ids.iter().zip(found).enumerate() {
             let at = BlockRef {
                 file,
                 block: first + index as u64,
             };
-            let (digest, place) = if id == zero_id {
+            let zero = if at.block == last { last_zero } else { zero };
+            let (digest, place) = if id == zero {
                 (
                     zero_digest(self.file(file).block_bytes(at.block)),
                     Place::Zero,
                 )
-            } else if let Some(found) = found[index] {
+            } else if let Some(found) = *found {
                 found
             } else {
                 let files = &self.files;
@@ -434,11 +444,12 @@ impl Recipe {
     fn resolve_references(&mut self) -> Result<(), RecipeError> {
         for file in 0..self.files.len() {
             let file_index = u32::try_from(file).expect("files are limited");
-            for segment in 0..self.files[file].segments.len() {
-                let Segment::Blocks { places, .. } = &self.files[file].segments[segment] else {
+            let numbers: Vec<u64> = self.files[file].segments.keys().copied().collect();
+            for segment in numbers {
+                let Segment::Blocks { places, .. } = &self.files[file].segments[&segment] else {
                     continue;
                 };
-                let first = self.files[file].meta.segment_range(segment as u64).start;
+                let first = self.files[file].meta.segment_range(segment).start;
                 let same: Vec<_> = (first..)
                     .zip(places.iter().map(|&bits| Place::unpack(bits)))
                     .collect();
@@ -532,26 +543,17 @@ impl Recipe {
     }
 
     fn is_known(&self, file: u32, segment: u64) -> bool {
-        let segments = &self.files[file as usize].segments;
-        usize::try_from(segment)
-            .ok()
-            .and_then(|index| segments.get(index))
-            .is_some_and(|s| !matches!(s, Segment::Unknown))
+        self.files[file as usize].segments.contains_key(&segment)
     }
 
     fn put(&mut self, file: u32, segment: u64, value: Segment) {
-        let segments = &mut self.files[file as usize].segments;
-        let index = usize::try_from(segment).expect("checked against the file's size");
-        if segments.len() <= index {
-            segments.resize_with(index + 1, || Segment::Unknown);
-        }
-        segments[index] = value;
+        self.files[file as usize].segments.insert(segment, value);
     }
 
     fn set(&mut self, at: BlockRef, digest: Digest, place: Place) {
         let file = &mut self.files[at.file as usize];
         let (segment, index) = file.locate(at.block);
-        if let Some(Segment::Blocks { digests, places }) = file.segments.get_mut(segment) {
+        if let Some(Segment::Blocks { digests, places }) = file.segments.get_mut(&segment) {
             digests[index] = digest;
             places[index] = place.pack();
         }
@@ -559,10 +561,10 @@ impl Recipe {
 }
 
 impl FileRecipe {
-    fn locate(&self, block: u64) -> (usize, usize) {
+    fn locate(&self, block: u64) -> (u64, usize) {
         let per_segment = self.meta.segment_blocks();
-        let fits = |value: u64| usize::try_from(value).expect("blocks of a file are limited");
-        (fits(block / per_segment), fits(block % per_segment))
+        let index = usize::try_from(block % per_segment).expect("blocks of a segment are few");
+        (block / per_segment, index)
     }
 
     fn digest(&self) -> Result<Digest, RecipeError> {
@@ -572,11 +574,8 @@ impl FileRecipe {
         };
         let mut segments = Vec::new();
         for segment in 0..self.meta.segments() {
-            let state = usize::try_from(segment)
-                .ok()
-                .and_then(|index| self.segments.get(index));
-            segments.push(match state.unwrap_or(&Segment::Unknown) {
-                Segment::Unknown => return Err(missing(segment)),
+            let state = self.segments.get(&segment);
+            segments.push(match state.ok_or_else(|| missing(segment))? {
                 Segment::Zero => tree::segment_digest(&self.zero_digests(segment)),
                 Segment::Blocks { places, .. }
                     if places.iter().any(|&bits| {
@@ -606,7 +605,7 @@ impl FileRecipe {
 fn id_at(files: &[FileRecipe], at: BlockRef) -> BlockId {
     let file = &files[at.file as usize];
     let (segment, index) = file.locate(at.block);
-    match &file.segments[segment] {
+    match &file.segments[&segment] {
         Segment::Blocks { digests, .. } => BlockId::of(&digests[index]),
         _ => BlockId::of(&zero_digest(file.meta.block_bytes(at.block))),
     }

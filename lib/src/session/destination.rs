@@ -65,6 +65,8 @@ enum State {
     Preparing(BeginSet, Vec<FileMeta>),
     Receiving(Box<Receiving>),
     Storing(u32),
+    // After an error: whatever comes now is out of order.
+    Failed,
 }
 
 /// State machine of the receiving side. See the module for how to drive it.
@@ -121,10 +123,7 @@ impl Destination {
             Message::Working if !matches!(self.state, State::AwaitHello) => return Ok(()),
             _ => {}
         }
-        self.state = match (
-            std::mem::replace(&mut self.state, State::AwaitHello),
-            message,
-        ) {
+        self.state = match (std::mem::replace(&mut self.state, State::Failed), message) {
             (State::AwaitHello, Message::Hello(hello)) => self.greeted(&hello)?,
             (State::AwaitQuery, Message::QueryHeld(roots)) => {
                 self.commands
@@ -153,14 +152,15 @@ impl Destination {
 
     /// Room is made for the set. `lacks_everything`: nothing of this peer is held.
     pub fn handle_prepared(&mut self, lacks_everything: bool) {
-        if let State::Preparing(begin, files) =
-            std::mem::replace(&mut self.state, State::AwaitHello)
-        {
-            self.send(Message::SetReady {
-                set: begin.set,
-                lacks_everything,
-            });
-            self.state = State::Receiving(Box::new(Receiving::new(begin, files)));
+        match std::mem::replace(&mut self.state, State::Failed) {
+            State::Preparing(begin, files) => {
+                self.send(Message::SetReady {
+                    set: begin.set,
+                    lacks_everything,
+                });
+                self.state = State::Receiving(Box::new(Receiving::new(begin, files)));
+            }
+            other => self.state = other,
         }
     }
 
@@ -179,7 +179,10 @@ impl Destination {
         Ok(())
     }
 
-    /// The blocks that were looked for, in the order of the ids.
+    /// The blocks that were looked for, one entry for each of the ids.
+    ///
+    /// # Panics
+    /// If `found` has another length than `ids`.
     pub fn handle_blocks_found(
         &mut self,
         at: SegmentAt,
@@ -208,6 +211,7 @@ impl Destination {
         if !receiving.admitted.insert((header.file, header.segment)) {
             return Err(SessionError::Protocol("a frame that was sent before"));
         }
+        receiving.check_frames()?;
         let file = receiving.recipe.file(header.file);
         let mut block = file.segment_range(header.segment).start;
         let mut ranges = Vec::new();
@@ -243,8 +247,7 @@ impl Destination {
             .recipe
             .set_frame(header.file, header.segment, ops, digests)?;
         receiving.frames += 1;
-        let State::Receiving(receiving) = std::mem::replace(&mut self.state, State::AwaitHello)
-        else {
+        let State::Receiving(receiving) = std::mem::replace(&mut self.state, State::Failed) else {
             unreachable!("checked above");
         };
         self.state = self.receive_or_store(receiving, None)?;
@@ -349,10 +352,8 @@ impl Destination {
     ) -> Result<State, SessionError> {
         let mut receiving = receiving;
         receiving.end = receiving.end.take().or(ended);
+        receiving.check_frames()?;
         match &receiving.end {
-            Some(end) if receiving.frames > end.frames => {
-                Err(SessionError::Protocol("more frames than announced"))
-            }
             Some(end) if receiving.frames == end.frames => {
                 let set = receiving.begin.set;
                 let job = receiving.finish()?;
@@ -437,6 +438,17 @@ impl Receiving {
             _ => return Err(SessionError::Protocol("a message out of order")),
         }
         Ok(None)
+    }
+
+    // A set must not be stored while a frame of it is still being written, so those that were
+    // admitted count, not only those that are done.
+    fn check_frames(&self) -> Result<(), SessionError> {
+        match &self.end {
+            Some(end) if self.admitted.len() as u64 > end.frames => {
+                Err(SessionError::Protocol("more frames than announced"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn finish(mut self: Box<Self>) -> Result<StoreJob, SessionError> {

@@ -1,6 +1,6 @@
 //! The source's side of a session.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 use super::{Liveness, SessionError};
@@ -122,7 +122,8 @@ pub enum SourceCommand {
 #[derive(Debug)]
 enum State {
     AwaitWelcome,
-    AwaitHeld,
+    // So many answers are due.
+    AwaitHeld(usize),
     AwaitReady,
     Sending,
     AwaitPublished,
@@ -229,7 +230,12 @@ impl Source {
             (_, Message::Failure(failure)) => Err(SessionError::Peer(failure)),
             (_, Message::Working) => Ok(()),
             (State::AwaitWelcome, Message::Welcome(welcome)) => self.welcomed(&welcome),
-            (State::AwaitHeld, Message::Held(held)) => self.told_held(now, &held),
+            (&State::AwaitHeld(asked), Message::Held(held)) => {
+                if held.len() != asked {
+                    return Err(SessionError::Protocol("an answer of the wrong length"));
+                }
+                self.told_held(now, &held)
+            }
             (
                 State::AwaitReady,
                 Message::SetReady {
@@ -301,7 +307,7 @@ impl Source {
             roots.push(root);
             parent = Some(root);
         }
-        self.state = State::AwaitHeld;
+        self.state = State::AwaitHeld(roots.len());
         self.send(Message::QueryHeld(roots));
         Ok(())
     }
@@ -406,14 +412,14 @@ impl Source {
             self.send_ids(at);
         } else {
             let digest = tree::segment_digest(self.sending.digests(at));
-            self.sending.unanswered += 1;
+            self.sending.asked.insert(at, Question::Segment);
             self.send(Message::SegmentDigest(at, digest));
         }
     }
 
     fn send_ids(&mut self, at: SegmentAt) {
         let ids = self.sending.digests(at).iter().map(BlockId::of).collect();
-        self.sending.unanswered += 1;
+        self.sending.asked.insert(at, Question::Blocks);
         self.send(Message::BlockIds(at, ids));
     }
 
@@ -423,7 +429,7 @@ impl Source {
         at: SegmentAt,
         held: bool,
     ) -> Result<(), SessionError> {
-        self.answered(at)?;
+        self.answered(at, Question::Segment)?;
         if held {
             let count = self.sending.digests(at).len();
             self.count_lacking(at, &vec![false; count]);
@@ -439,9 +445,11 @@ impl Source {
         at: SegmentAt,
         lacking: &[bool],
     ) -> Result<(), SessionError> {
-        self.answered(at)?;
+        self.answered(at, Question::Blocks)?;
         let count = self.sending.digests(at).len();
-        if lacking.len() < count || lacking[count..].iter().any(|&lacking| lacking) {
+        // On the wire there are whole bytes; the bits behind the last block mean nothing.
+        let is_whole = (count..=count.next_multiple_of(8)).contains(&lacking.len());
+        if !is_whole || lacking[count..].contains(&true) {
             return Err(SessionError::Protocol("an answer of the wrong length"));
         }
         let lacking = &lacking[..count];
@@ -456,13 +464,9 @@ impl Source {
         self.advance(now)
     }
 
-    fn answered(&mut self, at: SegmentAt) -> Result<(), SessionError> {
-        let asked = at.set == self.number && self.sending.has(at);
-        match self.sending.unanswered.checked_sub(1) {
-            Some(left) if asked => {
-                self.sending.unanswered = left;
-                Ok(())
-            }
+    fn answered(&mut self, at: SegmentAt, question: Question) -> Result<(), SessionError> {
+        match self.sending.asked.remove(&at) {
+            Some(asked) if asked == question => Ok(()),
             _ => Err(SessionError::Protocol("an answer to nothing")),
         }
     }
@@ -546,6 +550,15 @@ fn segments_digest(file: &FileMeta, segments: &[Vec<Digest>]) -> Digest {
     tree::file_digest(file.size, u64::from(file.block_len), &digests)
 }
 
+/// What the destination was asked about a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Question {
+    /// Whether it holds all of it.
+    Segment,
+    /// Which blocks it lacks.
+    Blocks,
+}
+
 /// What is known and under way of the set that is being sent.
 #[derive(Debug, Default)]
 struct Sending {
@@ -554,7 +567,7 @@ struct Sending {
     segment: u64,
     all_started: bool,
     scanning: usize,
-    unanswered: usize,
+    asked: HashMap<SegmentAt, Question>,
     frames_in_flight: usize,
     frames: u64,
     // Per file, per segment: digests of the blocks. Empty: not scanned yet.
@@ -583,7 +596,7 @@ impl Sending {
     fn next_segment(&mut self, files: &[FileMeta], set: u32) -> Option<SegmentAt> {
         let busy = self.scanning >= SCANS_IN_FLIGHT
             || self.frames_in_flight >= FRAMES_IN_FLIGHT
-            || self.unanswered >= QUESTIONS_IN_FLIGHT
+            || self.asked.len() >= QUESTIONS_IN_FLIGHT
             // In eager mode every scan becomes a frame.
             || self.eager && self.scanning + self.frames_in_flight >= FRAMES_IN_FLIGHT;
         if busy {
@@ -606,21 +619,15 @@ impl Sending {
     }
 
     fn is_complete(&self) -> bool {
-        self.all_started && self.scanning == 0 && self.unanswered == 0 && self.frames_in_flight == 0
+        self.all_started
+            && self.scanning == 0
+            && self.asked.is_empty()
+            && self.frames_in_flight == 0
     }
 
     fn put(&mut self, at: SegmentAt, digests: Vec<Digest>) {
         self.segments[at.file as usize]
             [usize::try_from(at.segment).expect("segments are limited")] = digests;
-    }
-
-    fn has(&self, at: SegmentAt) -> bool {
-        let segment = usize::try_from(at.segment).ok();
-        let segments = self.segments.get(at.file as usize);
-        segments
-            .zip(segment)
-            .and_then(|(segments, at)| segments.get(at))
-            .is_some_and(|digests| !digests.is_empty())
     }
 
     fn digests(&self, at: SegmentAt) -> &[Digest] {

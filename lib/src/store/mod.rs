@@ -14,17 +14,21 @@
 mod error;
 mod held;
 mod index;
+mod list;
 mod places;
 mod record;
 mod recover;
 mod sound;
+mod verify;
 
 pub use error::StoreError;
 pub(crate) use error::Tried;
 pub use held::{Held, HeldSet};
 pub use index::Index;
+pub use list::StoredSet;
 pub use places::{NewSet, PublishedSet, Stage};
 pub use record::Record;
+pub use verify::{SetProblem, Verification};
 
 use std::collections::HashMap;
 use std::fs::{self, File};

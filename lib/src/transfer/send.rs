@@ -172,7 +172,10 @@ enum Input {
     Message(Message),
     Ended(TransferError),
     Scanned(SegmentAt, Option<Bytes>, Vec<Digest>),
-    FrameSent { compressed_pages: u64 },
+    FrameSent {
+        at: SegmentAt,
+        compressed_pages: u64,
+    },
     Failed(TransferError),
 }
 
@@ -197,6 +200,9 @@ struct Driver<'a> {
     kept: Kept,
     events: &'a Events,
     sent_sets: Vec<usize>,
+    scanned_bytes: u64,
+    // Of the scanned ones, those of segments that have a frame which is not with the transport yet.
+    queued_bytes: u64,
     done_bytes: u64,
     compressed_pages: u64,
 }
@@ -235,6 +241,8 @@ impl<'a> Driver<'a> {
             kept: Kept::default(),
             events: &options.events,
             sent_sets: Vec::new(),
+            scanned_bytes: 0,
+            queued_bytes: 0,
             done_bytes: 0,
             compressed_pages: 0,
         })
@@ -267,11 +275,17 @@ impl<'a> Driver<'a> {
                 if let Some(bytes) = bytes {
                     self.kept.put(at, bytes);
                 }
-                self.progress(at);
+                self.scanned_bytes += self.segment_bytes(self.in_plan(at));
+                self.progress();
                 Ok(self.source.handle_scanned(now, at, digests)?)
             }
-            Input::FrameSent { compressed_pages } => {
+            Input::FrameSent {
+                at,
+                compressed_pages,
+            } => {
                 self.compressed_pages += compressed_pages;
+                self.queued_bytes = self.queued_bytes.saturating_sub(self.segment_bytes(at));
+                self.progress();
                 Ok(self.source.handle_frame_sent(now)?)
             }
         }
@@ -286,6 +300,7 @@ impl<'a> Driver<'a> {
             SourceCommand::Scan(at) => self.scan(at),
             SourceCommand::SendFrame(at, ops) => {
                 let bytes = self.kept.take(at);
+                self.queued_bytes += self.segment_bytes(self.in_plan(at));
                 // Fails only when the senders have failed, which an input says.
                 let _ = self.frames.send(FrameJob {
                     number: at.set,
@@ -307,7 +322,7 @@ impl<'a> Driver<'a> {
                 debug_assert!(index < self.sets.len() && remaining > 0);
                 self.skipped = index + 1 - begin.set as usize;
                 self.sent_sets.push(index);
-                self.done_bytes = 0;
+                (self.scanned_bytes, self.done_bytes) = (0, 0);
                 self.events.emit(Event::SetBegun {
                     name: begin.name.to_string(),
                     total_bytes: begin.total_bytes,
@@ -346,11 +361,17 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn progress(&mut self, at: SegmentAt) {
-        let place = self.in_plan(at);
-        let meta = &self.sets[place.set as usize].files[at.file as usize];
+    // `at` has the set's index in the plan.
+    fn segment_bytes(&self, at: SegmentAt) -> u64 {
+        let meta = &self.sets[at.set as usize].files[at.file as usize];
         let range = meta.bytes_of(&meta.segment_range(at.segment));
-        self.done_bytes += range.end - range.start;
+        range.end - range.start
+    }
+
+    fn progress(&mut self) {
+        let done = self.scanned_bytes.saturating_sub(self.queued_bytes);
+        // A segment counts until it turns out that it must be sent: never go back.
+        self.done_bytes = self.done_bytes.max(done);
         let (sent, received) = self.connection.wire_bytes();
         self.events.emit(Event::Progress {
             done_bytes: self.done_bytes,
@@ -466,10 +487,14 @@ async fn send_frames(
         let Some(job) = jobs.lock().await.recv().await else {
             return;
         };
+        let at = job.at;
         let result = send_frame(&mut stream, job, &packer).await;
         let failed = result.is_err();
         let next = match result {
-            Ok(compressed_pages) => Input::FrameSent { compressed_pages },
+            Ok(compressed_pages) => Input::FrameSent {
+                at,
+                compressed_pages,
+            },
             Err(error) => Input::Failed(error),
         };
         if input.send(next).is_err() || failed {

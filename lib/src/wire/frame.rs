@@ -205,9 +205,8 @@ fn decode_op(bytes: &[u8]) -> Result<(Op, usize), FrameError> {
                 file: word(8)?,
                 block,
             };
-            if from.file >= limits::FILES
-                || from.block + u64::from(blocks) > limits::BLOCKS_PER_FILE
-            {
+            let end = from.block.checked_add(u64::from(blocks));
+            if from.file >= limits::FILES || end.is_none_or(|end| end > limits::BLOCKS_PER_FILE) {
                 return Err(FrameError::Field("reference"));
             }
             (Op::Same(blocks, from), SAME_LEN)
@@ -296,6 +295,21 @@ mod tests {
             decode_ops(&bytes[..bytes.len() - 1]),
             Err(FrameError::Short)
         );
+    }
+
+    #[test]
+    fn references_beyond_every_file_are_refused() {
+        let at = |file, block| BlockRef { file, block };
+        let last = limits::BLOCKS_PER_FILE - 1;
+        assert!(decode_ops(&encode_ops(&[Op::Same(1, at(0, last))])).is_ok());
+        for from in [
+            at(0, limits::BLOCKS_PER_FILE),
+            at(0, u64::MAX),
+            at(limits::FILES, 0),
+        ] {
+            let decoded = decode_ops(&encode_ops(&[Op::Same(1, from)]));
+            assert_eq!(decoded, Err(FrameError::Field("reference")), "{from:?}");
+        }
     }
 
     #[test]

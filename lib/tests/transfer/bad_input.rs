@@ -19,6 +19,10 @@ use crate::images::{PAGE, copy_dir, page, pages, raw_pagemap, testdata, write_ch
 use crate::images::{image, write_files};
 use crate::support::{Destination, LAYOUTS, Peer, code_of, count, memory, published, tempdir};
 
+/// What is done to a directory before it is sent.
+type Damage = Box<dyn FnOnce(&Path)>;
+type Make = fn(&Path);
+
 const BASE: u64 = 0x7000_0000_0000;
 
 /// A good set under the name `dump` at the destination, and a directory of that name to damage.
@@ -69,7 +73,7 @@ async fn damaged_memory_is_refused() {
     let page = PAGE as u64;
     for layout in LAYOUTS {
         let scene = Scene::new(layout).await;
-        let cases: Vec<(&str, Box<dyn FnOnce(&Path)>)> = vec![
+        let cases: Vec<(&str, Damage)> = vec![
             (
                 "pages-1.img",
                 Box::new(|dir| cut(&dir.join("pages-1.img"), 3 * PAGE as u64)),
@@ -241,7 +245,7 @@ async fn parents_that_lead_nowhere_are_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_regular_file_is_refused() {
     let scene = Scene::new(Layout::Faithful).await;
-    let cases: [(&str, fn(&Path)); 5] = [
+    let cases: [(&str, Make); 5] = [
         ("link", |path| symlink("core-4.img", path).unwrap()),
         ("folder", |path| fs::create_dir(path).unwrap()),
         ("fifo", |path| mknod(path, rustix::fs::FileType::Fifo)),
@@ -395,6 +399,56 @@ async fn a_full_disk_is_said_and_nothing_is_left() {
     peer.send(&source, &to).await;
     to.stop().await;
     assert!(mount(&["umount", "-l"]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_place_that_cannot_be_written_is_named() {
+    let place = tempdir();
+    let small = place.path().join("small");
+    fs::create_dir(&small).unwrap();
+    let mount = |args: &[&str]| {
+        let status = std::process::Command::new(args[0])
+            .args(&args[1..])
+            .arg(&small)
+            .output();
+        status.is_ok_and(|output| output.status.success())
+    };
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs"]) {
+        println!("skipped: a small file system cannot be mounted here");
+        return;
+    }
+    let to = Destination::at(&small.join("in"), Layout::Flat).await;
+    let peer = Peer::new();
+    let source = place.path().join("dump");
+    write_dump(&source, &[1, 2, 3]);
+    peer.send(&source, &to).await;
+    let before = published(&to.dir);
+    assert!(mount(&["mount", "-o", "remount,ro"]));
+    write_dump(&source, &[4, 5, 6]);
+    let error = peer.try_send(&source, &to).await.unwrap_err();
+    assert_eq!(code_of(&error), Some(FailureCode::Storage), "{error}");
+    assert!(error.to_string().contains(".crxfer"), "{error}");
+    assert_eq!(published(&to.dir), before);
+    assert!(mount(&["mount", "-o", "remount,rw"]));
+    peer.send(&source, &to).await;
+    to.stop().await;
+    assert!(mount(&["umount", "-l"]));
+}
+
+/// Entries without bytes can count as many pages as they like: they must cost nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_of_pages_without_bytes_cost_nothing() {
+    let place = tempdir();
+    let source = place.path().join("dump");
+    let page_len = PAGE as u64;
+    let pagemap = raw_pagemap(&[(BASE, 1, 4), (BASE + page_len, 1 << 33, 2)]);
+    write_files(&source, &pagemap, &page(1), 2);
+    for layout in LAYOUTS {
+        let to = Destination::at(&place.path().join(layout.as_str()), layout).await;
+        let report = Peer::new().send(&source, &to).await;
+        assert_eq!(report.published.completeness, "lazy");
+        to.stop().await;
+    }
 }
 
 /// Changes bytes of a file so that neither size nor time tells.

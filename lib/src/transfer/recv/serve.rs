@@ -26,7 +26,7 @@ use crate::transport::{
     BulkReceiver, Connection, ControlReceiver, ControlSender, HANDSHAKE_TIMEOUT, TransportError,
 };
 use crate::wire::{
-    BeginSet, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError,
+    BeginSet, BlockId, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError,
     decode_ops, limits,
 };
 
@@ -227,7 +227,8 @@ impl<'a> Driver<'a> {
                 self.destination.handle_segment_found(at, found)?;
             }
             DestinationCommand::FindBlocks(at, ids) => {
-                let found: Vec<_> = ids.iter().map(|id| self.held.as_ref()?.find(*id)).collect();
+                let find = |id: &BlockId| self.held.as_ref()?.find(*id);
+                let found: Vec<_> = ids.iter().map(find).collect();
                 self.destination.handle_blocks_found(at, &ids, &found)?;
             }
             DestinationCommand::Store(job) => self.store(job),

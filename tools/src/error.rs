@@ -1,0 +1,162 @@
+//! What a command can fail with, and how that is said.
+
+use std::error::Error;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crxfer::image::ImageError;
+use crxfer::store::StoreError;
+use crxfer::transfer::TransferError;
+use crxfer::transport::IdentityError;
+
+use crate::exit::Exit;
+
+/// Why a command ended early.
+#[derive(Debug)]
+pub(crate) enum Failed {
+    /// A transfer, or what belongs to one.
+    Transfer(TransferError),
+    /// An image directory.
+    Image(ImageError),
+    /// A receiving directory.
+    Store(StoreError),
+    /// A key file.
+    Identity(IdentityError),
+    /// A file of the command's own.
+    File {
+        what: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    /// A host name that leads nowhere.
+    Unresolved(String),
+    /// The arguments do not fit together.
+    Usage(String),
+    /// What was asked for is there, and is not as it should be; the report was printed.
+    Unsound(String),
+    /// Results could not be printed.
+    Output(io::Error),
+    /// By a signal.
+    Stopped,
+}
+
+impl Failed {
+    pub(crate) fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::File {
+            what,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    pub(crate) fn exit(&self) -> Exit {
+        match self {
+            Self::Transfer(error) => error.into(),
+            Self::Image(error) => error.into(),
+            Self::Store(error) => error.into(),
+            Self::Identity(error) => error.into(),
+            Self::File { .. } | Self::Output(_) => Exit::Storage,
+            Self::Unresolved(_) => Exit::Connection,
+            Self::Usage(_) => Exit::Usage,
+            Self::Unsound(_) => Exit::Set,
+            Self::Stopped => Exit::Stopped,
+        }
+    }
+
+    /// The whole story in one line.
+    pub(crate) fn text(&self) -> String {
+        match self {
+            Self::Transfer(TransferError::Store(error)) | Self::Store(error) => error.to_string(),
+            Self::Transfer(error) => with_causes(error),
+            Self::Image(error) => with_causes(error),
+            Self::Identity(error) => with_causes(error),
+            Self::File { what, path, source } => {
+                format!("cannot {what} {}: {source}", path.display())
+            }
+            Self::Usage(text) | Self::Unresolved(text) | Self::Unsound(text) => text.clone(),
+            Self::Output(error) => format!("cannot print the result: {error}"),
+            Self::Stopped => "stopped; nothing was published, and the next attempt sends only \
+                              what is missing"
+                .to_owned(),
+        }
+    }
+}
+
+/// An error with its causes, each once: some texts hold their cause already.
+pub(crate) fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+impl From<TransferError> for Failed {
+    fn from(error: TransferError) -> Self {
+        match error {
+            TransferError::Image(error) => Self::Image(error),
+            error => Self::Transfer(error),
+        }
+    }
+}
+
+impl From<ImageError> for Failed {
+    fn from(error: ImageError) -> Self {
+        Self::Image(error)
+    }
+}
+
+impl From<StoreError> for Failed {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<IdentityError> for Failed {
+    fn from(error: IdentityError) -> Self {
+        Self::Identity(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let cause = || io::Error::from_raw_os_error(13);
+        let said = "Permission denied (os error 13)";
+        let image = Failed::from(ImageError::Io {
+            path: "dump/core-1.img".into(),
+            action: "open the file",
+            source: cause(),
+        });
+        assert_eq!(
+            image.text(),
+            format!("dump/core-1.img: cannot open the file: {said}")
+        );
+        let read = Failed::from(TransferError::Read {
+            path: "dump/core-1.img".into(),
+            source: cause(),
+        });
+        assert_eq!(read.text(), format!("cannot read dump/core-1.img: {said}"));
+    }
+
+    #[test]
+    fn an_explained_cause_is_not_repeated_in_the_systems_words() {
+        let store = || StoreError::Io {
+            what: "write",
+            path: "images/a".into(),
+            source: io::Error::from_raw_os_error(28),
+        };
+        for failed in [Failed::from(store()), TransferError::from(store()).into()] {
+            assert!(!failed.text().contains("os error"), "{}", failed.text());
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Runs the command as people and programs do.
+
+mod directories;
+mod refusals;
+mod sandbox;
+mod stopping;
+mod transfers;
