@@ -49,11 +49,8 @@ impl Store {
 
     /// Where people find the set: under its name while that is its own, else where it is kept.
     pub fn visible_place(&self, record: &Record) -> Option<PathBuf> {
-        let named = self.root.join(&record.name);
-        if !record.name.is_empty() && directory_id(&named) == Some(record.directory_id) {
-            return Some(named);
-        }
-        self.directory_of(record)
+        self.named_directory(record)
+            .or_else(|| self.directory_of(record))
     }
 
     /// The receiving directory that `directory` is a set of, and the set's record. `None` if it is

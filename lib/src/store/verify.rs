@@ -315,7 +315,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let one = publish(&store, "one", &[1; 4096], None);
-        store.distrust(one.id, &dir.path().join("one"));
+        store.distrust(one.id, &dir.path().join("one/pages-1.img"));
         assert!(!store.verify(&one).unwrap().is_sound());
     }
 

@@ -253,7 +253,11 @@ fn a_copy_that_rotted_at_the_destination_is_sent_again() {
     let mut bytes = fs::read(&pages).unwrap();
     let found = bytes.iter().position(|&byte| byte != 0).unwrap();
     bytes[found] ^= 1;
+    // Its time stays, as when a disk does it.
+    let modified = pages.metadata().unwrap().modified().unwrap();
     fs::write(&pages, bytes).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&pages).unwrap();
+    file.set_modified(modified).unwrap();
     let sent = sandbox.send(&source, &ticket, &["--name", "two"]);
     sent.done();
     assert!(sent.stderr.contains("sending again"), "{sent:?}");

@@ -1,0 +1,259 @@
+//! The bodies of the fuzz targets: each takes any bytes and panics where a rule is broken.
+//!
+//! They live here so that ordinary tests replay the committed corpus through the same code, and
+//! `fuzz/fuzz_targets/` has nothing but calls.
+
+use crate::delta::codec::Decompressor;
+use crate::delta::{BlockRef, FileMeta, FileName, SetName};
+use crate::digest::Digest;
+use crate::identity::Fingerprint;
+use crate::image::framing::Records;
+use crate::image::{DumpStats, Inventory, Pagemap};
+use crate::page::PageSize;
+use crate::store::Index;
+use crate::text;
+use crate::ticket::Ticket;
+use crate::wire::{
+    BeginSet, BlockId, Codec, Failure, FailureCode, FrameHeader, HEADER_LEN, Hello, Layout,
+    Message, Published, SegmentAt, Welcome, decode_ops, encode_ops, limits,
+};
+
+pub use super::session_fuzz::{session, session_seeds};
+
+/// One target: takes the fuzzer's bytes.
+pub type Target = fn(&[u8]);
+
+/// Every target by the name of its corpus.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("image_framing", image_framing),
+    ("pagemap", pagemap),
+    ("inventory", inventory),
+    ("wire_message", wire_message),
+    ("page_frame", page_frame),
+    ("ticket", ticket),
+    ("store_index", store_index),
+    ("session", session),
+];
+
+/// Records of an image: they follow one another without a gap and end with the file or an error.
+pub fn image_framing(data: &[u8]) {
+    let Ok(records) = Records::parse(data) else {
+        return;
+    };
+    let mut expected = None;
+    let mut failed = false;
+    for record in records {
+        assert!(!failed, "a record behind an error");
+        let Ok(record) = record else {
+            failed = true;
+            continue;
+        };
+        assert!(expected.is_none_or(|at| at == record.offset));
+        let end = record.offset + 4 + record.message.len();
+        assert_eq!(&data[record.offset + 4..end], record.message);
+        expected = Some(end);
+    }
+    assert!(failed || expected.is_none_or(|end| end == data.len()));
+}
+
+/// A pagemap: what is taken keeps the rules, and what is written from it reads as the same pages.
+pub fn pagemap(data: &[u8]) {
+    let Some((&size, image)) = data.split_first() else {
+        return;
+    };
+    let page_size = PageSize::new(4096 << (size % 10)).expect("4 KiB to 2 MiB");
+    let Ok(map) = Pagemap::parse(image, "pagemap-1.img", page_size) else {
+        return;
+    };
+    let mut end = 0;
+    for run in map.runs() {
+        assert!(run.pages > 0 && run.vaddr >= end && page_size.is_aligned(run.vaddr));
+        end = run.end(page_size);
+        assert!(end > run.vaddr);
+    }
+    assert!(map.present_pages() <= map.pages());
+    assert!(map.present_bytes() >= map.present_pages());
+    // Writing splits runs of more than 2^32 pages: not a million of them for one input.
+    if map.pages() < 1 << 40 {
+        let again = Pagemap::parse(&map.encode(), "pagemap-1.img", page_size);
+        let again = again.expect("what is written can be read");
+        assert_eq!(again.pages_id(), map.pages_id());
+        assert_eq!(again.pages(), map.pages());
+        assert_eq!(again.present_pages(), map.present_pages());
+    }
+}
+
+/// The two small images that are decoded whole.
+pub fn inventory(data: &[u8]) {
+    if let Ok(inventory) = Inventory::parse(data, "inventory.img") {
+        let _ = inventory.is_pre_dump();
+        let _ = inventory.check_understood("inventory.img");
+    }
+    let _ = DumpStats::parse(data, "stats-dump");
+}
+
+/// Control messages: what is taken can be sent on, and then stays what it is.
+pub fn wire_message(data: &[u8]) {
+    let Ok(message) = Message::decode(data) else {
+        return;
+    };
+    let bytes = message.encode();
+    assert!(bytes.len() <= limits::CONTROL_MESSAGE || data.len() > limits::CONTROL_MESSAGE / 2);
+    let again = Message::decode(&bytes).expect("what is written can be read");
+    assert_eq!(again.encode(), bytes);
+}
+
+/// A frame: header, ops and payload one behind the other, as they stand on a stream.
+pub fn page_frame(data: &[u8]) {
+    let Some((head, rest)) = data.split_first_chunk::<HEADER_LEN>() else {
+        return;
+    };
+    let Ok(header) = FrameHeader::decode(head) else {
+        return;
+    };
+    assert!(header.raw_len <= limits::FRAME_BYTES && header.payload_len <= header.raw_len);
+    assert_eq!(FrameHeader::decode(&header.encode()), Ok(header));
+    let Some((ops_bytes, payload)) = rest.split_at_checked(header.ops_len as usize) else {
+        return;
+    };
+    let Ok(ops) = decode_ops(ops_bytes) else {
+        return;
+    };
+    assert!(ops.len() <= limits::FRAME_OPS);
+    assert_eq!(encode_ops(&ops), ops_bytes);
+    if header.codec == Codec::Zstd {
+        let mut decompressor = Decompressor::new().expect("zstd has memory");
+        if let Ok(raw) = decompressor.decompress(payload, header.raw_len as usize) {
+            assert_eq!(raw.len(), header.raw_len as usize);
+        }
+    }
+}
+
+/// Tickets and fingerprints: as pasted, and with a right checksum around any payload.
+pub fn ticket(data: &[u8]) {
+    let mut words = vec![text::encode("crxfer1-", data)];
+    words.extend(std::str::from_utf8(data).map(str::to_owned));
+    for word in words {
+        if let Ok(ticket) = word.parse::<Ticket>() {
+            assert_eq!(ticket.to_string().parse(), Ok(ticket));
+        }
+        if let Ok(fingerprint) = word.parse::<Fingerprint>() {
+            assert_eq!(fingerprint.to_string().parse(), Ok(fingerprint));
+        }
+    }
+}
+
+/// The index of a stored set: a damaged one is refused or gives wrong answers, nothing worse.
+pub fn store_index(data: &[u8]) {
+    let directory = tempfile_directory();
+    let path = directory.join(format!("crxfer-fuzz-index-{}", std::process::id()));
+    std::fs::write(&path, data).expect("a scratch file can be written");
+    if let Ok(index) = Index::open(&path) {
+        let _ = index.find(BlockId([7; 16]));
+        for (file, meta) in (0u32..).zip(index.files().collect::<Vec<&FileMeta>>()) {
+            let _ = index.file_named(meta.name.as_str());
+            for block in 0..meta.blocks().min(64) {
+                let digest = index.digest(BlockRef { file, block });
+                if let Some((found, at)) = index.find(BlockId::of(&digest)) {
+                    assert_eq!(BlockId::of(&found), BlockId::of(&digest));
+                    assert_eq!(index.digest(at), found);
+                }
+            }
+        }
+    }
+    let _ = std::fs::remove_file(&path);
+}
+
+fn tempfile_directory() -> std::path::PathBuf {
+    let memory = std::path::Path::new("/dev/shm");
+    if memory.is_dir() {
+        memory.to_owned()
+    } else {
+        std::env::temp_dir()
+    }
+}
+
+/// One of each control message, with every optional field set: seeds of the corpus.
+///
+/// # Panics
+/// Never: names and sizes are constants.
+pub fn sample_messages() -> Vec<Message> {
+    let at = SegmentAt {
+        set: 1,
+        file: 0,
+        segment: 2,
+    };
+    let set_name = |name| SetName::new(name).expect("a good name");
+    let begin = BeginSet {
+        set: 1,
+        name: set_name("3"),
+        ancestor: true,
+        page_size: PageSize::new(4096).expect("a page size"),
+        image_version: 2,
+        file_count: 1,
+        total_bytes: 5,
+        parent: Some((Digest([2; 32]), "../2".into())),
+        base_name: Some(set_name("2")),
+        root: Some(Digest([9; 32])),
+    };
+    let file = FileMeta {
+        name: FileName::new("core-1.img").expect("a good name"),
+        mode: 0o644,
+        size: 5,
+        block_len: 65536,
+    };
+    let published = Published {
+        set: 1,
+        name: "3".into(),
+        generation: 2,
+        layout: Layout::Incremental,
+        base: Some("2".into()),
+        completeness: "complete".into(),
+        unchanged: true,
+        notes: vec!["a note".into()],
+    };
+    vec![
+        Message::Hello(Hello {
+            versions: (1, 1),
+            software: "crxfer".into(),
+            ticket_proof: Some([7; 32]),
+        }),
+        Message::Welcome(Welcome {
+            version: 1,
+            software: "crxfer".into(),
+            ticket_proof: Some([8; 32]),
+            layout: Layout::Flat,
+            max_set_bytes: Some(1 << 30),
+        }),
+        Message::QueryHeld(vec![Digest([1; 32]); 2]),
+        Message::Held(vec![true, false]),
+        Message::BeginSet(begin),
+        Message::Files {
+            set: 1,
+            files: vec![file],
+        },
+        Message::SetReady {
+            set: 1,
+            lacks_everything: true,
+        },
+        Message::SegmentDigest(at, Digest([3; 32])),
+        Message::SegmentState(at, true),
+        Message::BlockIds(at, vec![BlockId([4; 16]); 3]),
+        Message::Lacking(
+            at,
+            vec![true, false, true, false, false, false, false, false],
+        ),
+        Message::FileDigests {
+            set: 1,
+            digests: vec![Digest([6; 32])],
+        },
+        Message::EndSet {
+            set: 1,
+            root: Digest([5; 32]),
+            frames: 9,
+        },
+        Message::Working,
+        Message::Published(published),
+        Message::Failure(Failure::new(FailureCode::Storage, "disk full")),
+    ]
+}

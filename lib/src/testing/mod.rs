@@ -1,0 +1,21 @@
+//! What tests and fuzz targets share; behind the feature `testing`, never in a release.
+//!
+//! ```text
+//!  MemorySet ─► SourceHost ─► World: link in virtual time ─► DestinationHost ─► MemoryStore
+//!                (Source)       encoded bytes, streams        (Destination)
+//! ```
+
+pub mod fuzz;
+mod hosts;
+mod rng;
+mod session_fuzz;
+mod sets;
+mod world;
+
+pub use hosts::{
+    AdmittedFrame, DestinationHost, DestinationOutput, Ended, SourceHost, SourceOutput,
+    WrittenFrame, frame, framed, take_frame,
+};
+pub use rng::Rng;
+pub use sets::{MemorySet, MemoryStore, PublishedSet};
+pub use world::{Conditions, Outcome, Side, Tamper, Unit, World, transfer};
