@@ -65,9 +65,6 @@ impl Scene {
     }
 }
 
-type Damage = Box<dyn FnOnce(&Path)>;
-type Make = fn(&Path);
-
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_memory_is_refused() {
     let entry = |pagemap: &[(u64, u64, u64)]| {
