@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crxfer::delta::{FileMeta, FileName, SetName};
 use crxfer::digest::{Digest, tree::file_digest, tree::segment_digest};
@@ -18,6 +19,10 @@ use crxfer::wire::{
 use crate::images::{PAGE, copy_dir, page, pages, raw_pagemap, testdata, write_child, write_dump};
 use crate::images::{image, write_files};
 use crate::support::{Destination, LAYOUTS, Peer, code_of, count, memory, published, tempdir};
+
+/// What is done to a directory before it is sent.
+type Damage = Box<dyn FnOnce(&Path)>;
+type Make = fn(&Path);
 
 const BASE: u64 = 0x7000_0000_0000;
 
@@ -59,9 +64,6 @@ impl Scene {
         error
     }
 }
-
-type Damage = Box<dyn FnOnce(&Path)>;
-type Make = fn(&Path);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_memory_is_refused() {
@@ -370,17 +372,9 @@ async fn a_full_disk_is_said_and_nothing_is_left() {
     let place = tempdir();
     let small = place.path().join("small");
     fs::create_dir(&small).unwrap();
-    let mount = |args: &[&str]| {
-        let status = std::process::Command::new(args[0])
-            .args(&args[1..])
-            .arg(&small)
-            .output();
-        status.is_ok_and(|output| output.status.success())
-    };
-    if !mount(&["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs"]) {
-        println!("skipped: a small file system cannot be mounted here");
+    let Some(_mounted) = Mounted::new(&["-t", "tmpfs", "-o", "size=3m", "tmpfs"], &small) else {
         return;
-    }
+    };
     let to = Destination::at(&small.join("in"), Layout::Flat).await;
     let peer = Peer::new();
     let source = place.path().join("dump");
@@ -397,7 +391,72 @@ async fn a_full_disk_is_said_and_nothing_is_left() {
     write_dump(&source, &(1..=100).collect::<Vec<_>>());
     peer.send(&source, &to).await;
     to.stop().await;
-    assert!(mount(&["umount", "-l"]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_place_that_cannot_be_written_is_named() {
+    let scene = Scene::new(Layout::Flat).await;
+    let before = published(&scene.to.dir);
+    let stage = scene.to.dir.join(".crxfer/stage");
+    // Root may write everywhere but where nobody may.
+    let bind = ["--bind", stage.to_str().unwrap()];
+    let Some(bound) = Mounted::new(&bind, &stage) else {
+        return;
+    };
+    let Some(read_only) = Mounted::new(&["-o", "remount,bind,ro"], &stage) else {
+        return;
+    };
+    // One mount, unmounted once.
+    std::mem::forget(read_only);
+    write_dump(&scene.source(), &[4, 5, 6]);
+    let error = scene
+        .peer
+        .try_send(&scene.source(), &scene.to)
+        .await
+        .unwrap_err();
+    drop(bound);
+    assert_eq!(code_of(&error), Some(FailureCode::Storage), "{error}");
+    assert!(error.to_string().contains(".crxfer/stage"), "{error}");
+    assert_eq!(published(&scene.to.dir), before);
+    scene.peer.send(&scene.source(), &scene.to).await;
+    scene.to.stop().await;
+}
+
+/// Something mounted for a test, unmounted with it.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    /// `None`, with a line that says so, where that is not allowed.
+    fn new(args: &[&str], at: &Path) -> Option<Self> {
+        let mounted = Command::new("mount").args(args).arg(at).output();
+        if mounted.is_ok_and(|output| output.status.success()) {
+            return Some(Self(at.to_owned()));
+        }
+        println!("skipped: nothing can be mounted here");
+        None
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+/// Entries without bytes can count as many pages as they like: they must cost nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_of_pages_without_bytes_cost_nothing() {
+    let place = tempdir();
+    let source = place.path().join("dump");
+    let page_len = PAGE as u64;
+    let pagemap = raw_pagemap(&[(BASE, 1, 4), (BASE + page_len, 1 << 33, 2)]);
+    write_files(&source, &pagemap, &page(1), 2);
+    for layout in LAYOUTS {
+        let to = Destination::at(&place.path().join(layout.as_str()), layout).await;
+        let report = Peer::new().send(&source, &to).await;
+        assert_eq!(report.published.completeness, "lazy");
+        to.stop().await;
+    }
 }
 
 /// Changes bytes of a file so that neither size nor time tells.
@@ -629,6 +688,17 @@ async fn lies_about_a_set_are_found_out() {
         .await;
     assert_eq!(source.failure().await, FailureCode::Storage);
 
+    // Without a ticket, saying "still at work" for ever.
+    let connection = bare_connection(&scene).await;
+    let (control, messages) = connection.open_control().await.unwrap();
+    let mut source = FakeSource {
+        connection,
+        control,
+        messages,
+    };
+    source.say(Message::Working).await;
+    assert_eq!(source.failure().await, FailureCode::Protocol);
+
     // A frame of the wrong length, of another file, of what is no zstd, one that comes twice.
     let mut source = connect().await;
     source.begin(files(), |_| {}).await;
@@ -778,19 +848,23 @@ async fn a_pagemap_as_large_as_the_disk_is_not_read() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_says_nothing_is_let_go() {
     let scene = Scene::new(Layout::Flat).await;
-    let ticket = scene.to.ticket();
-    let connection = transport::connect(
-        ticket.addresses(),
-        &scene.peer.identity(),
-        &[ticket.fingerprint()],
-        &transport::Options::default(),
-    )
-    .await
-    .unwrap();
+    let connection = bare_connection(&scene).await;
     let ended = tokio::time::timeout(std::time::Duration::from_secs(15), connection.closed());
     assert!(
         ended.await.is_ok(),
         "it held its place by keep-alives alone"
     );
     scene.to.stop().await;
+}
+
+async fn bare_connection(scene: &Scene) -> Connection {
+    let ticket = scene.to.ticket();
+    transport::connect(
+        ticket.addresses(),
+        &scene.peer.identity(),
+        &[ticket.fingerprint()],
+        &transport::Options::default(),
+    )
+    .await
+    .unwrap()
 }

@@ -17,10 +17,12 @@ use crate::store::Tried as _;
 use crate::transfer::TransferError;
 use crate::transfer::chain::{PageDigests, StoredChain, StoredLevel};
 
-/// One page of the arriving set, parents followed.
+/// One page of the arriving set, parents followed; or a whole run of pages without bytes, which a
+/// pagemap can have without end.
 #[derive(Debug)]
 pub(super) struct MemoryPage {
     pub(super) vaddr: u64,
+    pages: u64,
     flags: PageFlags,
     /// `None`: the page has no bytes (left at the source, or zero by its entry).
     pub(super) digest: Option<Digest>,
@@ -107,6 +109,7 @@ impl<'a> MemoryPages<'a> {
         let vaddr = run.vaddr + self.done * page_size.bytes();
         let mut page = MemoryPage {
             vaddr,
+            pages: 1,
             flags: run.flags_at_top,
             digest: None,
             level: 0,
@@ -116,6 +119,8 @@ impl<'a> MemoryPages<'a> {
             page.level = level;
             page.page = first + self.done;
             page.digest = Some(self.digest(&page).ok_or_else(|| self.short(vaddr))?);
+        } else {
+            page.pages = run.pages - self.done;
         }
         Ok(page)
     }
@@ -172,7 +177,7 @@ impl Iterator for MemoryPages<'_> {
     fn next(&mut self) -> Option<Self::Item> {
         let run = self.run?;
         let page = self.page(&run);
-        self.done += 1;
+        self.done += page.as_ref().map_or(1, |page| page.pages);
         if self.done == run.pages {
             self.run = self.runs.next();
             self.done = 0;
@@ -261,7 +266,7 @@ impl Assembler<'_> {
                     present(page.flags)
                 }
             };
-            push_page(&mut runs, page.vaddr, flags, page_size.bytes());
+            push_pages(&mut runs, &page, flags, page_size.bytes());
         }
         let pagemap = Pagemap::new(&name.to_string(), pagemap.pages_id(), page_size, runs)?;
         Ok(Rewritten {
@@ -345,14 +350,15 @@ fn present(flags: PageFlags) -> PageFlags {
     }
 }
 
-fn push_page(runs: &mut Vec<PageRun>, vaddr: u64, flags: PageFlags, page_bytes: u64) {
+fn push_pages(runs: &mut Vec<PageRun>, page: &MemoryPage, flags: PageFlags, page_bytes: u64) {
+    let (vaddr, pages) = (page.vaddr, page.pages);
     match runs.last_mut() {
         Some(last) if last.flags == flags && last.vaddr + last.pages * page_bytes == vaddr => {
-            last.pages += 1
+            last.pages += pages;
         }
         _ => runs.push(PageRun {
             vaddr,
-            pages: 1,
+            pages,
             flags,
         }),
     }

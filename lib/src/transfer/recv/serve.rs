@@ -590,7 +590,10 @@ fn store_set(
         .store
         .publish(stage, new, &assembled.files, digests)?;
     drop(held);
-    if let Err(error) = shared.store.tidy(name.as_deref(), shared.keep) {
+    // An ancestor takes nobody's name; what can go is found when the last set has come.
+    if name.is_some()
+        && let Err(error) = shared.store.tidy(name.as_deref(), shared.keep)
+    {
         tracing::warn!("{error}; old generations stay");
     }
     let path = shared
