@@ -122,6 +122,28 @@ impl Store {
         unreachable!("some number is free")
     }
 
+    /// Lets the next attempt use what has arrived in stages of the same transfer that nobody has
+    /// given up yet: a source that was killed is only missed after a while.
+    ///
+    /// The files become one more unfinished transfer by hard links. If its writer does live and
+    /// writes on, its blocks are simply others than their digests say, which is found when they
+    /// are copied.
+    pub fn adopt_stages(&self, peer: &[u8; 32], name: &str) -> Result<(), StoreError> {
+        let stages = self.state_path("stage");
+        for entry in fs::read_dir(&stages).tried("list", &stages)? {
+            let stage = Stage::at(&entry.tried("list", &stages)?.path());
+            let about = fs::read(stage.place.join("about")).ok();
+            let about = about.and_then(|bytes| v1::PartialRecord::decode(&*bytes).ok());
+            let same = about.is_some_and(|about| about.peer == peer && about.name == name);
+            if same && holds_bytes(&stage.files()) {
+                let copy = self.stage(peer, name, PageSize::of_host())?;
+                link_files(&stage, &copy)?;
+                self.abandon(copy)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes a stage with all that is in it.
     pub fn discard(&self, stage: Stage) -> Result<(), StoreError> {
         remove_tree(&stage.place)
@@ -663,4 +685,16 @@ fn unix_time_s() -> u64 {
 
 pub(super) fn remove_tree(path: &Path) -> Result<(), StoreError> {
     fs::remove_dir_all(path).tried("remove", path)
+}
+
+fn link_files(from: &Stage, to: &Stage) -> Result<(), StoreError> {
+    let about = from.place.join("about");
+    fs::copy(&about, to.place.join("about")).tried("copy", &about)?;
+    let files = from.files();
+    for entry in fs::read_dir(&files).tried("list", &files)? {
+        let entry = entry.tried("list", &files)?;
+        let path = entry.path();
+        fs::hard_link(&path, to.files().join(entry.file_name())).tried("link", &path)?;
+    }
+    Ok(())
 }

@@ -419,6 +419,18 @@ fn an_unfinished_transfer_is_used_and_then_removed() {
 }
 
 #[test]
+fn what_a_killed_source_sent_is_used_before_it_is_missed() {
+    let place = Place::new();
+    let (_stage, _, digests) = place.stage("web", "arrived");
+    place.store.adopt_stages(&PEER, "other").unwrap();
+    assert!(place.store.held_of(&PEER).unwrap().is_empty());
+    place.store.adopt_stages(&PEER, "web").unwrap();
+    let held = place.store.held_of(&PEER).unwrap();
+    assert!(held.find(BlockId::of(&digests[0])).is_some());
+    assert_eq!(place.names("stage").len(), 1, "its writer may live");
+}
+
+#[test]
 fn a_transfer_of_which_nothing_arrived_leaves_nothing() {
     let mut place = Place::new();
     let stage = place.store.stage(&PEER, "web", page_size()).unwrap();

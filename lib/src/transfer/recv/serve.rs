@@ -411,6 +411,7 @@ impl Staged {
         if let Some(base) = &begin.base_name {
             store.named_by(base.as_str(), peer)?;
         }
+        store.adopt_stages(peer, begin.name.as_str())?;
         let held = store.held_of(peer)?;
         let stage = store.stage(peer, begin.name.as_str(), begin.page_size)?;
         let directory = stage.files();
