@@ -1,4 +1,78 @@
-//! crxfer moves checkpoint state from a source host to a destination host.
+//! crxfer moves checkpoint state from a *source* host to a *destination* host: CRIU image directories,
+//! page by page, so that only what the destination lacks crosses the wire, and only what is whole and
+//! checked becomes visible there.
+//!
+//! ```text
+//!        source host                                              destination host
+//!  dump/ inventory.img                                      DIR/dump/     inventory.img
+//!        core-*.img …        ┌─ transfer::send ─┐                         core-*.img …
+//!        pagemap-4.img  ───▶ │ blocks, digests  │ ═ QUIC ═▶ Receiver ───▶ pagemap-4.img
+//!        pages-1.img         │ asks, compresses │ ◀════════ checks,       pages-1.img
+//!        parent ─▶ ../1      └──────────────────┘           publishes     parent ─▶ ../.crxfer/base/7
+//!                                                       DIR/.crxfer/      records, indexes, bases
+//! ```
+//!
+//! - [`image`]: image directories as files: chains of parents, pagemaps, whether CRIU could restore one.
+//! - [`digest`], [`delta`], [`wire`], [`session`]: what a set is, what of it must be sent, and in which
+//!   messages. No sockets, no files, no clock: the session is driven by events and `now`.
+//! - [`store`]: the receiving directory: published sets, their generations, what builds on what.
+//! - `transport` and `transfer` (feature `net`, on by default): QUIC, and the drivers that join all this.
+//!
+//! docs/ARCHITECTURE.md tells how it hangs together, docs/PROTOCOL.md what crosses the wire.
+//!
+//! What it does **not** do: dump or restore (CRIU does), decide when to dump, kill or resume a process,
+//! follow symbolic links out of an image directory, or keep images secret once they are on a disk.
+//! A restored image is code that runs: take images only from hosts that you trust with that.
+//!
+//! # Example
+//!
+//! Both ends in one program; usually they are two hosts, and the ticket goes from one to the other.
+//!
+#![cfg_attr(feature = "net", doc = "```no_run")]
+#![cfg_attr(not(feature = "net"), doc = "```ignore")]
+//! use crxfer::transfer::{Event, Events, ReceiveOptions, Receiver, SendOptions, Target, send};
+//! use crxfer::transport::{Identity, Options};
+//! use crxfer::wire::Layout;
+//!
+//! #[tokio::main]
+//! async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let receiver = Receiver::bind(ReceiveOptions {
+//!         directory: "/var/lib/images".into(),
+//!         listen: vec!["[::]:0".parse()?],
+//!         layout: Layout::Incremental,
+//!         max_set_bytes: None,
+//!         keep: 0,
+//!         identity: None,
+//!         peers: Vec::new(),
+//!         transport: Options::default(),
+//!         events: Events::new(|event| {
+//!             if let Event::Received(set) = event {
+//!                 println!("{} is {}", set.path.display(), set.completeness);
+//!             }
+//!         }),
+//!     })?;
+//!     let ticket = receiver.ticket().expect("no peers are pinned").clone();
+//!
+//!     let sending = send(SendOptions {
+//!         directory: "dump".into(),
+//!         name: None,
+//!         base: None,
+//!         page_size: None,
+//!         bytes_per_s: None,
+//!         target: Target::Ticket(ticket),
+//!         identity: Identity::generate()?,
+//!         memo: None,
+//!         transport: Options::default(),
+//!         events: Events::none(),
+//!     });
+//!     // `true`: end when one set is received.
+//!     let (report, ()) = tokio::join!(sending, receiver.run(true));
+//!     let (out, back) = report?.wire_bytes;
+//!     println!("{} bytes crossed the wire", out + back);
+//!     receiver.close().await;
+//!     Ok(())
+//! }
+//! ```
 
 pub mod delta;
 pub mod digest;

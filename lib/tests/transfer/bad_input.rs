@@ -60,6 +60,9 @@ impl Scene {
     }
 }
 
+type Damage = Box<dyn FnOnce(&Path)>;
+type Make = fn(&Path);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_memory_is_refused() {
     let entry = |pagemap: &[(u64, u64, u64)]| {
@@ -69,7 +72,7 @@ async fn damaged_memory_is_refused() {
     let page = PAGE as u64;
     for layout in LAYOUTS {
         let scene = Scene::new(layout).await;
-        let cases: Vec<(&str, Box<dyn FnOnce(&Path)>)> = vec![
+        let cases: Vec<(&str, Damage)> = vec![
             (
                 "pages-1.img",
                 Box::new(|dir| cut(&dir.join("pages-1.img"), 3 * PAGE as u64)),
@@ -241,7 +244,7 @@ async fn parents_that_lead_nowhere_are_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_regular_file_is_refused() {
     let scene = Scene::new(Layout::Faithful).await;
-    let cases: [(&str, fn(&Path)); 5] = [
+    let cases: [(&str, Make); 5] = [
         ("link", |path| symlink("core-4.img", path).unwrap()),
         ("folder", |path| fs::create_dir(path).unwrap()),
         ("fifo", |path| mknod(path, rustix::fs::FileType::Fifo)),
