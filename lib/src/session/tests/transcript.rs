@@ -4,9 +4,10 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::*;
-use crate::testing::{Conditions, Side, World, take_frame};
+use crate::testing::{Conditions, Side, World, take_frame, transfer};
 
-const TRANSCRIPT: &str = include_str!("../../../testdata/session/minimal.txt");
+const MINIMAL: &str = include_str!("../../../testdata/session/minimal.txt");
+const ASKING: &str = include_str!("../../../testdata/session/asking.txt");
 
 fn hex(out: &mut String, bytes: &[u8]) {
     for line in bytes.chunks(16) {
@@ -18,10 +19,7 @@ fn hex(out: &mut String, bytes: &[u8]) {
     }
 }
 
-// One file of five bytes, to a destination that has nothing.
-fn transcript() -> String {
-    let files = vec![("core-1.img".to_owned(), b"hello".to_vec())];
-    let set = MemorySet::new("1", 4096, files);
+fn transcript(set: &MemorySet, store: MemoryStore) -> String {
     let conditions = Conditions {
         jitter: Duration::ZERO,
         work: Duration::ZERO,
@@ -30,11 +28,7 @@ fn transcript() -> String {
         ..Conditions::new(1)
     };
     let mut out = String::new();
-    let world = World::new(
-        conditions,
-        std::slice::from_ref(&set),
-        MemoryStore::default(),
-    );
+    let world = World::new(conditions, std::slice::from_ref(set), store);
     let recorded = world.with_tamper(|unit| {
         let from = match unit.from {
             Side::Source => "source",
@@ -59,21 +53,41 @@ fn transcript() -> String {
         }
     });
     let outcome = recorded.run();
-    assert_published(&outcome.store, &[set], "transcript");
+    assert_published(&outcome.store, std::slice::from_ref(set), "transcript");
     out
 }
 
 /// Bytes that change here change for every peer: that takes a new protocol version.
-#[test]
-fn a_session_has_the_documented_bytes() {
-    let found = transcript();
-    let documented: String = TRANSCRIPT
-        .lines()
-        .filter(|line| !line.starts_with('#'))
-        .flat_map(|line| [line, "\n"])
-        .collect();
+#[track_caller]
+fn assert_documented(found: &str, documented: &str) {
+    let lines = documented.lines().filter(|line| !line.starts_with('#'));
+    let documented: String = lines.flat_map(|line| [line, "\n"]).collect();
     if found != documented {
         println!("{found}");
     }
     assert!(found == documented, "the session's bytes have changed");
+}
+
+#[test]
+fn a_session_has_the_documented_bytes() {
+    let files = vec![("core-1.img".to_owned(), b"hello".to_vec())];
+    let set = MemorySet::new("1", 4096, files);
+    let found = transcript(&set, MemoryStore::default());
+    assert_documented(&found, MINIMAL);
+}
+
+#[test]
+fn a_session_that_asks_has_the_documented_bytes() {
+    let page = |byte: u8| vec![byte; 4096];
+    let set = |name, last: &[u8]| {
+        let pages = [&page(0), &page(1), &page(2), &page(2), last].concat();
+        MemorySet::new(name, 4096, vec![("pages-1.img".to_owned(), pages)])
+    };
+    let known = transfer(
+        Conditions::new(1),
+        &[set("1", b"before")],
+        MemoryStore::default(),
+    );
+    let found = transcript(&set("2", b"after"), known.store);
+    assert_documented(&found, ASKING);
 }
