@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,9 @@ const FRAMES_WAITING: usize = 8;
 
 /// Frames that are unpacked, hashed and written at the same time.
 const FRAMES_AT_WORK: usize = 4;
+
+/// Bytes after which what arrived is pushed to disk, where the place is durable.
+const SYNC_STEP: u64 = 32 << 20;
 
 /// Staged files that stay open.
 const OPEN_FILES: usize = 128;
@@ -394,6 +398,7 @@ struct Staged {
     directory: PathBuf,
     files: Vec<FileMeta>,
     open: Mutex<Vec<(u32, Arc<File>)>>,
+    written: AtomicU64,
 }
 
 impl Staged {
@@ -421,6 +426,7 @@ impl Staged {
             directory,
             files,
             open: Mutex::default(),
+            written: AtomicU64::new(0),
         };
         for meta in &staged.files {
             let path = staged.directory.join(meta.name.as_str());
@@ -452,7 +458,18 @@ impl Staged {
                 .tried("write", &path)?;
             at += len;
         }
+        self.sync_early(&file, at as u64).tried("sync", &path)?;
         Ok(run.digests().to_vec())
+    }
+
+    // What must be on disk before the set is published goes there while more arrives: one of the
+    // writers waits for the disk, the others go on.
+    fn sync_early(&self, file: &File, written: u64) -> std::io::Result<()> {
+        let before = self.written.fetch_add(written, Ordering::Relaxed);
+        if self.store.is_durable() && before / SYNC_STEP != (before + written) / SYNC_STEP {
+            file.sync_data()?;
+        }
+        Ok(())
     }
 
     fn file(&self, file: u32) -> std::io::Result<Arc<File>> {
