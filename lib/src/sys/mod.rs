@@ -37,6 +37,7 @@ pub(crate) fn is_durable(path: &Path) -> io::Result<bool> {
 }
 
 /// Whether `path` lies on a file system that other hosts may write to.
+#[cfg(feature = "net")]
 pub(crate) fn is_remote(path: &Path) -> io::Result<bool> {
     const NFS: u64 = 0x6969;
     const SMB2: u64 = 0xfe53_4d42;

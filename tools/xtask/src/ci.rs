@@ -101,6 +101,9 @@ fn all_ran(tally: &e2e::Tally) -> Result<()> {
     if tally.is_empty() {
         bail!("none ran, see above");
     }
+    if tally.lacks_criu() {
+        bail!("those with CRIU did not run, see above");
+    }
     tally.verdict()
 }
 

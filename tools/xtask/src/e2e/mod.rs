@@ -60,6 +60,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
         Ok(criu) => Some(criu),
         Err(error) => {
             println!("cases with CRIU: skipped: {error:#}");
+            report.tally.without_criu = true;
             None
         }
     };
@@ -79,9 +80,15 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
 pub(crate) struct Tally {
     passed: u32,
     failed: u32,
+    without_criu: bool,
 }
 
 impl Tally {
+    /// Whether the cases with real CRIU were left out.
+    pub(crate) fn lacks_criu(&self) -> bool {
+        self.without_criu
+    }
+
     /// Whether no case ran at all.
     pub(crate) fn is_empty(&self) -> bool {
         self.passed + self.failed == 0
