@@ -199,6 +199,11 @@ impl Source {
         self.counts
     }
 
+    /// Whether what is scanned now will be sent without asking the destination.
+    pub fn sends_unasked(&self) -> bool {
+        self.sending.eager
+    }
+
     /// Which set of the plan is being sent.
     pub fn set_index(&self) -> usize {
         self.index

@@ -1,5 +1,6 @@
 //! The directories to send: the one that was asked for and those that it builds on.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -12,7 +13,7 @@ use rustix::fs::SeekFrom;
 use super::TransferError;
 use super::memo::Memo;
 use crate::delta::{FileMeta, FileName, SetName};
-use crate::digest::{Digest, hash_blocks};
+use crate::digest::{Digest, hash_blocks, zero_digest};
 use crate::image::{Chain, Completeness, FileStat, ImageDir, ImageError, Inventory, Listing};
 use crate::page::PageSize;
 use crate::session::{SessionError, SetLeaves, SetPlan};
@@ -61,6 +62,18 @@ impl SourceSet {
         file: u32,
         range: std::ops::Range<u64>,
     ) -> Result<Option<Vec<u8>>, TransferError> {
+        let mut buffer = Vec::new();
+        Ok(self.read_into(&mut buffer, file, range)?.then_some(buffer))
+    }
+
+    // Reads `range` of file number `file`; false, and nothing in `buffer`, if all of it is a hole.
+    fn read_into(
+        &self,
+        buffer: &mut Vec<u8>,
+        file: u32,
+        range: std::ops::Range<u64>,
+    ) -> Result<bool, TransferError> {
+        buffer.clear();
         let handle = self.file(file)?;
         let info = &self.listing.files[file as usize];
         let failed = |source: io::Error| match source.kind() {
@@ -71,14 +84,12 @@ impl SourceSet {
             },
         };
         if info.stat.allocated < info.stat.size && is_hole(&handle, &range) {
-            return Ok(None);
+            return Ok(false);
         }
         let len = usize::try_from(range.end - range.start).expect("a segment fits into memory");
-        let mut buffer = vec![0; len];
-        handle
-            .read_exact_at(&mut buffer, range.start)
-            .map_err(failed)?;
-        Ok(Some(buffer))
+        buffer.resize(len, 0);
+        handle.read_exact_at(buffer, range.start).map_err(failed)?;
+        Ok(true)
     }
 
     fn file(&self, file: u32) -> Result<Arc<File>, TransferError> {
@@ -145,7 +156,7 @@ impl SourceSet {
             .flat_map(|(file, meta)| (0..meta.segments()).map(move |segment| (file, segment)))
             .collect();
         let digests = super::files::in_parallel(&jobs, |&(file, segment)| {
-            self.scan(file, segment).map(|scan| scan.1)
+            self.digest_segment(file, segment)
         })?;
         let mut leaves: Vec<_> = self.files.iter().map(|_| Vec::new()).collect();
         for (&(file, _), digests) in jobs.iter().zip(digests) {
@@ -160,16 +171,43 @@ impl SourceSet {
         file: u32,
         segment: u64,
     ) -> Result<(Option<Vec<u8>>, Vec<Digest>), TransferError> {
-        let meta = &self.files[file as usize];
-        let blocks = meta.segment_range(segment);
-        let bytes = self.read(file, meta.bytes_of(&blocks))?;
-        let mut digests = Vec::new();
-        match &bytes {
-            Some(bytes) => hash_blocks(bytes, meta.block_len as usize, &mut digests),
-            None => digests
-                .extend(blocks.map(|block| crate::digest::zero_digest(meta.block_bytes(block)))),
-        }
+        let range = self.files[file as usize].segment_range(segment);
+        let bytes = self.read(file, self.files[file as usize].bytes_of(&range))?;
+        let digests = self.digests(file, range, bytes.as_deref());
         Ok((bytes, digests))
+    }
+
+    /// The digests of a segment's blocks alone. The bytes pass through one buffer of the thread:
+    /// fresh memory for each MiB would cost as much as hashing it.
+    pub(super) fn digest_segment(
+        &self,
+        file: u32,
+        segment: u64,
+    ) -> Result<Vec<Digest>, TransferError> {
+        thread_local! {
+            static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        let range = self.files[file as usize].segment_range(segment);
+        BUFFER.with_borrow_mut(|buffer| {
+            let bytes = self.files[file as usize].bytes_of(&range);
+            let bytes = self.read_into(buffer, file, bytes)?.then_some(&**buffer);
+            Ok(self.digests(file, range, bytes))
+        })
+    }
+
+    fn digests(
+        &self,
+        file: u32,
+        blocks: std::ops::Range<u64>,
+        bytes: Option<&[u8]>,
+    ) -> Vec<Digest> {
+        let meta = &self.files[file as usize];
+        let mut digests = Vec::new();
+        match bytes {
+            Some(bytes) => hash_blocks(bytes, meta.block_len as usize, &mut digests),
+            None => digests.extend(blocks.map(|block| zero_digest(meta.block_bytes(block)))),
+        }
+        digests
     }
 }
 

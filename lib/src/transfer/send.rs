@@ -343,8 +343,16 @@ impl<'a> Driver<'a> {
 
     fn scan(&self, at: SegmentAt) {
         let (sets, input, place) = (self.sets.clone(), self.input.clone(), self.in_plan(at));
+        // Where the destination is asked first, little of what is read will be sent.
+        let keep = self.source.sends_unasked();
         spawn_blocking(move || {
-            let result = sets[place.set as usize].scan(at.file, at.segment);
+            let set = &sets[place.set as usize];
+            let result = match keep {
+                true => set.scan(at.file, at.segment),
+                false => set
+                    .digest_segment(at.file, at.segment)
+                    .map(|digests| (None, digests)),
+            };
             let _ = input.send(match result {
                 Ok((bytes, digests)) => Input::Scanned(at, bytes.map(Bytes::from), digests),
                 Err(error) => Input::Failed(error),

@@ -330,6 +330,11 @@ impl Receiver {
         run::last_lines(&fs::read_to_string(&self.log).unwrap_or_default(), 12)
     }
 
+    /// Its process, where it runs beside this program.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Whether it still runs.
     pub(crate) fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))

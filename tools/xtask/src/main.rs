@@ -5,6 +5,7 @@
 )]
 
 mod apt;
+mod bench;
 mod checkpoint;
 mod ci;
 mod criu;
@@ -40,6 +41,8 @@ enum Command {
     Test(tests::Options),
     /// Run only the end-to-end tests (root and CRIU)
     E2e(e2e::Options),
+    /// Measure whole transfers against a bare QUIC copy
+    Bench(bench::Options),
     /// Run everything that a change must pass
     Ci,
     /// Put CRIU 4.2 or later on this Debian machine
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => tests::run(&options),
         Command::E2e(options) => e2e::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Ci => ci::run(),
         Command::InstallCriu { options } => criu::install(&options),
         Command::Licences => licences::check(),

@@ -22,10 +22,15 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// A new directory whose name tells what it is for.
     pub(crate) fn new(purpose: &str) -> Result<Self> {
+        Self::within(&std::env::temp_dir(), purpose)
+    }
+
+    /// The same in `parent`.
+    pub(crate) fn within(parent: &Path, purpose: &str) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("crxfer-{purpose}-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
+        let path = parent.join(name);
         fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
         let guard = Command::new(run::own_program()?)
             .arg("guard")
