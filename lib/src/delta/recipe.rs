@@ -166,7 +166,9 @@ pub enum RecipeError {
         block: u64,
     },
     /// The bytes are not those that were announced.
-    #[error("{name}: block {block} has other bytes than its digest says")]
+    #[error(
+        "{name}: block {block} has other bytes than its digest says (did the file change while it was sent?)"
+    )]
     WrongBytes {
         /// Name of the file.
         name: String,

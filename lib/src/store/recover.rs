@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use super::error::{StoreError, Tried};
 use super::places::{read_about, remove_tree};
@@ -25,7 +26,7 @@ impl Store {
             }
         }
         for place in self.entries("partial")? {
-            if read_about(&place).is_none() {
+            if read_about(&place).is_none() || is_stale(&place) {
                 remove_tree(&place)?;
             }
         }
@@ -91,4 +92,14 @@ impl Store {
     fn forget(&self, record: &Record) -> Result<(), StoreError> {
         remove_tree(&self.set_path(record.id))
     }
+}
+
+// An attempt whose name never came again.
+#[expect(clippy::disallowed_methods, reason = "compared with a file's time")]
+fn is_stale(place: &Path) -> bool {
+    const KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+    let modified = fs::metadata(place).and_then(|meta| meta.modified()).ok();
+    modified
+        .and_then(|modified| SystemTime::now().duration_since(modified).ok())
+        .is_some_and(|age| age > KEPT)
 }

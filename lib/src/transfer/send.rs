@@ -141,6 +141,7 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
         Err(error) => {
             let error = driver.give_up(error).await;
             driver.forget_if_wrong(&memo, &error);
+            let error = driver.name_what_changed(error).await;
             connection
                 .close_and_tell(error.close_code(), &error.to_string())
                 .await;
@@ -433,6 +434,20 @@ impl<'a> Driver<'a> {
         if is_wrong {
             self.sets.iter().for_each(|set| set.forget(memo));
         }
+    }
+
+    // The destination sees bytes that are not the announced ones; here the reason shows.
+    async fn name_what_changed(&self, error: TransferError) -> TransferError {
+        if !matches!(&error, TransferError::Session(SessionError::Peer(failure)) if failure.code == FailureCode::Content)
+        {
+            return error;
+        }
+        let sets = self.sets.clone();
+        let changed = move || sets.iter().find_map(|set| set.check_unchanged().err());
+        let changed = spawn_blocking(changed)
+            .await
+            .expect("listing does not panic");
+        changed.unwrap_or(error)
     }
 
     // Tells the destination, or finds out what it told us while we were writing.

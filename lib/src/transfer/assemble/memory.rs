@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::copy::{Origin, Pieces};
-use super::{Assembled, Assembler, pagemap_of, rewritten_small};
+use super::{Assembled, Assembler, FileDigests, pagemap_of, rewritten_small};
 use crate::delta::{BlockRef, FileMeta};
 use crate::digest::Digest;
 use crate::image::{
@@ -210,7 +210,13 @@ impl Assembler<'_> {
             let rewritten = self.rewrite(name, &pagemap, parent, base)?;
             let pages_name = pages_file_name(pagemap.pages_id());
             if !rewritten.in_place {
-                self.write_pages(&pages_name, &rewritten, &mut assembled)?;
+                self.write_pages(
+                    &pages_name,
+                    &rewritten.pagemap,
+                    rewritten.digests,
+                    rewritten.pieces,
+                    &mut assembled,
+                )?;
                 rewritten_files.push(pages_name);
             }
             self.write_pagemap(name, &rewritten.pagemap, &mut assembled)?;
@@ -285,11 +291,13 @@ impl Assembler<'_> {
     fn write_pages(
         &self,
         name: &str,
-        rewritten: &Rewritten,
+        pagemap: &Pagemap,
+        digests: Vec<Digest>,
+        pieces: Pieces,
         assembled: &mut Assembled,
     ) -> Result<(), TransferError> {
-        let page_size = rewritten.pagemap.page_size();
-        let size = rewritten.digests.len() as u64 * page_size.bytes();
+        let page_size = pagemap.page_size();
+        let size = digests.len() as u64 * page_size.bytes();
         let path = self.beside(name);
         let file = fs::File::create(&path).tried("create", &path)?;
         file.set_len(size).tried("extend", &path)?;
@@ -301,18 +309,19 @@ impl Assembler<'_> {
             assembled
                 .files
                 .insert(index, FileMeta::new(name, 0o644, 0, page_size));
-            assembled.digests.insert(index, Vec::new());
+            assembled
+                .digests
+                .insert(index, FileDigests::Own(Vec::new()));
             index
         });
         assembled.files[index].size = size;
-        let pieces = rewritten.pieces.clone().into_vec();
         self.copy(
             &path,
             &assembled.files[index],
-            |block| digest_at(&rewritten.digests, block),
-            pieces,
+            |block| digest_at(&digests, block),
+            pieces.into_vec(),
         )?;
-        assembled.digests[index].clone_from(&rewritten.digests);
+        assembled.digests[index] = FileDigests::Own(digests);
         Ok(())
     }
 
@@ -332,12 +341,12 @@ impl Assembler<'_> {
         let index = index.expect("it was read from one of the files");
         let (meta, digests) = rewritten_small(&assembled.files[index], &bytes);
         assembled.files[index] = meta;
-        assembled.digests[index] = digests;
+        assembled.digests[index] = FileDigests::Own(digests);
         Ok(())
     }
 }
 
-fn digest_at(digests: &[Digest], block: u64) -> Digest {
+pub(super) fn digest_at(digests: &[Digest], block: u64) -> Digest {
     digests[usize::try_from(block).expect("blocks of a file are limited")]
 }
 

@@ -17,7 +17,7 @@ use self::copy::{Located, Origin, Piece, Pieces, copy_pieces};
 use super::TransferError;
 use super::chain::{StoredChain, read_pagemaps};
 use super::files::in_parallel;
-use crate::delta::{BlockRef, FileMeta, Place};
+use crate::delta::{BlockRef, FileMeta, Place, Recipe};
 use crate::digest::{Digest, hash_blocks};
 use crate::image::complete::{LevelFacts, SetFacts, check};
 use crate::image::walk;
@@ -31,17 +31,48 @@ use crate::wire::Layout;
 /// Largest file that is read whole for its records.
 const SMALL_BYTES: u64 = 64 << 20;
 
+/// Sets of more files are synced with their whole file system: a sync of each of 5,000 small files
+/// took 16 s on ext4.
+const SYNCED_EACH: usize = 256;
+
 /// A set whose files stand complete in the stage.
 #[derive(Debug)]
 pub(super) struct Assembled {
     /// Its files in order of name.
     pub(super) files: Vec<FileMeta>,
     /// Digests of their blocks.
-    pub(super) digests: Vec<Vec<Digest>>,
+    pub(super) digests: Vec<FileDigests>,
     /// What it builds on.
     pub(super) base: Option<u64>,
     /// Whether CRIU could restore it.
     pub(super) completeness: Completeness,
+}
+
+/// Digests of one file's blocks: 0.8 % of its size, so they are kept once.
+#[derive(Debug)]
+pub(super) enum FileDigests {
+    /// Those of a file of the recipe.
+    AsArrived(u32),
+    /// Those of a file that was written anew.
+    Own(Vec<Digest>),
+}
+
+impl Assembled {
+    /// Digests of all blocks, in the order of files and blocks.
+    pub(super) fn all_digests<'a>(
+        &'a self,
+        recipe: &'a Recipe,
+    ) -> impl Iterator<Item = Digest> + 'a {
+        self.files
+            .iter()
+            .zip(&self.digests)
+            .flat_map(move |(meta, digests)| {
+                (0..meta.blocks()).map(move |block| match digests {
+                    FileDigests::AsArrived(file) => recipe.block(BlockRef { file: *file, block }).0,
+                    FileDigests::Own(digests) => memory::digest_at(digests, block),
+                })
+            })
+    }
 }
 
 /// Puts one set together in its stage.
@@ -170,7 +201,7 @@ impl Assembler<'_> {
         Assembled {
             digests: (0u32..)
                 .zip(&files)
-                .map(|(file, meta)| self.digests_of(file, meta))
+                .map(|(file, _)| FileDigests::AsArrived(file))
                 .collect(),
             files,
             base,
@@ -231,12 +262,6 @@ impl Assembler<'_> {
             inventory: inventory.as_ref(),
             tree: tree.as_ref(),
         }))
-    }
-
-    fn digests_of(&self, file: u32, meta: &FileMeta) -> Vec<Digest> {
-        (0..meta.blocks())
-            .map(|block| self.job.recipe.block(BlockRef { file, block }).0)
-            .collect()
     }
 
     // Brings to their places the blocks of some files that did not arrive, because they are
@@ -328,12 +353,17 @@ impl Assembler<'_> {
             let file = fs::File::open(&path).tried("open", &path)?;
             file.set_permissions(fs::Permissions::from_mode(u32::from(meta.mode)))
                 .tried("set the mode of", &path)?;
-            if self.store.is_durable() {
+            if self.store.is_durable() && files.len() <= SYNCED_EACH {
                 file.sync_all().tried("sync", &path)?;
             }
             Ok(())
         };
-        in_parallel(files, finish).map(|_| ())
+        in_parallel(files, finish)?;
+        if self.store.is_durable() && files.len() > SYNCED_EACH {
+            let directory = fs::File::open(&self.directory).tried("open", &self.directory)?;
+            rustix::fs::syncfs(directory).tried("sync", &self.directory)?;
+        }
+        Ok(())
     }
 }
 

@@ -603,7 +603,7 @@ fn store_set(
         keep_link: keep_link.filter(|_| layout == Layout::Faithful),
         image_bytes: begin.total_bytes,
     };
-    let digests = assembled.digests.iter().flatten().copied();
+    let digests = assembled.all_digests(&job.recipe);
     let published = shared
         .store
         .publish(stage, new, &assembled.files, digests)?;
