@@ -91,6 +91,16 @@ impl Store {
     }
 }
 
+impl Store {
+    // By which a set, or an unfinished transfer (number 0), is known to be in use.
+    fn place_in_use(&self, id: u64, directory: &Path) -> PathBuf {
+        match id {
+            0 => directory.parent().unwrap_or(directory).to_owned(),
+            _ => self.set_path(id),
+        }
+    }
+}
+
 impl Held {
     /// Whether there is nothing to find.
     pub fn is_empty(&self) -> bool {
@@ -132,12 +142,13 @@ impl Held {
 
     fn push(&mut self, id: u64, directory: PathBuf, index: Index) {
         let segments = segments_of(&index);
+        let place = self.store.place_in_use(id, &directory);
         let mut in_use = self
             .store
             .in_use
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        *in_use.entry(id).or_default() += 1;
+        *in_use.entry(place).or_default() += 1;
         drop(in_use);
         self.sets.push(HeldSet {
             id,
@@ -156,10 +167,11 @@ impl Drop for Held {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         for set in &self.sets {
-            if let Some(count) = in_use.get_mut(&set.id) {
+            let place = self.store.place_in_use(set.id, &set.directory);
+            if let Some(count) = in_use.get_mut(&place) {
                 *count -= 1;
                 if *count == 0 {
-                    in_use.remove(&set.id);
+                    in_use.remove(&place);
                 }
             }
         }

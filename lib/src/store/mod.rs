@@ -49,7 +49,7 @@ pub struct Store {
     root: PathBuf,
     durable: bool,
     // Sets that transfers of this process read from: they are not removed meanwhile.
-    in_use: Arc<Mutex<HashMap<u64, usize>>>,
+    in_use: Arc<Mutex<HashMap<PathBuf, usize>>>,
 }
 
 /// Keeps other `crxfer recv` away from the directory while it lives.
@@ -237,11 +237,11 @@ impl Store {
         Ok(())
     }
 
-    fn is_in_use(&self, id: u64) -> bool {
+    fn is_in_use(&self, place: &Path) -> bool {
         self.in_use
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .contains_key(&id)
+            .contains_key(place)
     }
 }
 

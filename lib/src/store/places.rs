@@ -172,7 +172,7 @@ impl Store {
             }
         };
         // The set is visible: whatever goes wrong from here on is made good by the next `serve`.
-        if let Err(error) = self.put_away(&stage, &new, old) {
+        if let Err(error) = self.put_away(&stage, old) {
             tracing::warn!("{error}; the set is published, the next `crxfer recv` tidies up");
         }
         Ok(published)
@@ -218,16 +218,11 @@ impl Store {
         Ok((published, current))
     }
 
-    fn put_away(&self, stage: &Stage, new: &NewSet, old: Option<Record>) -> Result<(), StoreError> {
+    fn put_away(&self, stage: &Stage, old: Option<Record>) -> Result<(), StoreError> {
         if let Some(old) = old {
             self.supersede(old, &stage.files())?;
         }
-        let about = read_about(&stage.place);
-        remove_tree(&stage.place)?;
-        match about {
-            Some(about) => self.drop_partials(&new.peer, &about.name),
-            None => Ok(()),
-        }
+        remove_tree(&stage.place)
     }
 
     /// Whether a set of this peer may be published under that name. Asked before anything is sent,
@@ -568,7 +563,7 @@ impl Store {
             let is_base = |id: u64| records.iter().any(|record| record.base == Some(id));
             let garbage = records.iter().find(|record| {
                 let unnamed = record.superseded && !is_kept(record) || self.is_orphan(record);
-                unnamed && !is_base(record.id) && !self.is_in_use(record.id)
+                unnamed && !is_base(record.id) && !self.is_in_use(&self.set_path(record.id))
             });
             let Some(record) = garbage else { break };
             self.remove_base(record.id)?;
@@ -591,7 +586,7 @@ impl Store {
         {
             let is_base = records.iter().any(|other| other.base == Some(record.id));
             let named = directory_id(&self.root.join(&record.name)) == Some(record.directory_id);
-            if named && !is_base && !self.is_in_use(record.id) {
+            if named && !is_base && !self.is_in_use(&self.set_path(record.id)) {
                 self.remove_base(record.id)?;
             }
         }
@@ -612,10 +607,12 @@ impl Store {
         remove_tree(&going)
     }
 
-    // The transfer that left them has been made good.
-    fn drop_partials(&self, peer: &[u8; 32], name: &str) -> Result<(), StoreError> {
+    /// Removes the unfinished transfers of `peer` under `name`, which have been made good, except
+    /// those that another transfer reads from; that one removes them in its turn.
+    pub fn drop_partials(&self, peer: &[u8; 32], name: &str) -> Result<(), StoreError> {
+        let _lock = self.lock()?;
         for (place, about) in self.partials(peer)? {
-            if about.name == *name {
+            if about.name == *name && !self.is_in_use(&place) {
                 remove_tree(&place)?;
             }
         }

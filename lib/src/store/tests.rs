@@ -65,6 +65,7 @@ impl Place {
             )
             .unwrap();
         self.store.tidy(Some(name), 0).unwrap();
+        self.store.drop_partials(&PEER, name).unwrap();
         published.record
     }
 

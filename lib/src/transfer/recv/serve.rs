@@ -532,6 +532,19 @@ fn unpack(frame: &Frame) -> Result<Vec<u8>, TransferError> {
     })
 }
 
+// Removes what the set that was just stored has made superfluous.
+fn tidy(shared: &Shared, peer: [u8; 32], begin: &BeginSet) {
+    let name = begin.name.as_str();
+    let mut tidied = shared.store.drop_partials(&peer, name);
+    // An ancestor takes nobody's name; what can go is found when the last set has come.
+    if !begin.ancestor {
+        tidied = tidied.and_then(|()| shared.store.tidy(Some(name), shared.keep));
+    }
+    if let Err(error) = tidied {
+        tracing::warn!("{error}; old generations stay");
+    }
+}
+
 // Makes room, unless the set is there already.
 fn prepare_set(
     shared: &Shared,
@@ -564,6 +577,8 @@ fn store_set(
     let name = (!begin.ancestor).then(|| begin.name.to_string());
     if let Some(done) = unchanged(shared, peer, begin, root)? {
         staged.discard();
+        drop(held);
+        tidy(shared, peer, begin);
         return Ok(done);
     }
     // Ancestors of a flat set are only read from: keep them small.
@@ -608,12 +623,7 @@ fn store_set(
         .store
         .publish(stage, new, &assembled.files, digests)?;
     drop(held);
-    // An ancestor takes nobody's name; what can go is found when the last set has come.
-    if name.is_some()
-        && let Err(error) = shared.store.tidy(name.as_deref(), shared.keep)
-    {
-        tracing::warn!("{error}; old generations stay");
-    }
+    tidy(shared, peer, begin);
     let path = shared
         .store
         .directory_of(&published.record)
