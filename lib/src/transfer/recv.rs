@@ -1,6 +1,8 @@
 //! The destination's driver.
 
 mod serve;
+mod staged;
+mod storing;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

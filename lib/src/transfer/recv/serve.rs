@@ -1,11 +1,6 @@
 //! One source's connection.
 
-use std::fs::{File, OpenOptions};
-use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,22 +8,21 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 use super::Shared;
+use super::staged::Staged;
+use super::storing::{prepare_set, store_set};
 use crate::delta::FileMeta;
-use crate::delta::codec::Decompressor;
-use crate::digest::{Digest, VerifiedRun};
-use crate::image::Completeness;
+use crate::digest::Digest;
 use crate::session::{Destination, DestinationCommand, DestinationConfig, SessionError, StoreJob};
-use crate::store::{Held, NewSet, Stage, Store, Tried as _};
+use crate::store::Held;
 use crate::ticket::{Role, proof};
-use crate::transfer::assemble::Assembler;
 use crate::transfer::event::{Event, Received};
 use crate::transfer::{TransferError, software};
 use crate::transport::{
     BulkReceiver, Connection, ControlReceiver, ControlSender, HANDSHAKE_TIMEOUT, TransportError,
 };
 use crate::wire::{
-    BeginSet, BlockId, Codec, FrameHeader, HEADER_LEN, Layout, Message, Op, Published, WireError,
-    decode_ops, limits,
+    BeginSet, BlockId, FrameHeader, HEADER_LEN, Message, Op, Published, WireError, decode_ops,
+    limits,
 };
 
 /// Frames that were read from the streams and wait for a core: 8 MiB.
@@ -36,12 +30,6 @@ const FRAMES_WAITING: usize = 8;
 
 /// Frames that are unpacked, hashed and written at the same time.
 const FRAMES_AT_WORK: usize = 4;
-
-/// Bytes after which what arrived is pushed to disk, where the place is durable.
-const SYNC_STEP: u64 = 32 << 20;
-
-/// Staged files that stay open.
-const OPEN_FILES: usize = 128;
 
 /// Serves one source until it leaves.
 pub(super) async fn serve(
@@ -76,7 +64,7 @@ pub(super) async fn serve(
     }
 }
 
-enum Input {
+pub(super) enum Input {
     Message(Result<Message, WireError>),
     ControlEnded(Option<TransportError>),
     Frame(Box<Frame>),
@@ -93,10 +81,10 @@ enum Input {
     Failed(TransferError),
 }
 
-struct Frame {
-    header: FrameHeader,
-    ops: Vec<Op>,
-    payload: Bytes,
+pub(super) struct Frame {
+    pub(super) header: FrameHeader,
+    pub(super) ops: Vec<Op>,
+    pub(super) payload: Bytes,
 }
 
 struct Driver<'a> {
@@ -334,7 +322,7 @@ impl<'a> Driver<'a> {
     }
 }
 
-fn is_out_of_space(error: &TransferError) -> bool {
+pub(super) fn is_out_of_space(error: &TransferError) -> bool {
     matches!(error, TransferError::Store(error) if error.is_out_of_space())
 }
 
@@ -387,326 +375,4 @@ async fn read_frames(
         }
     }
     Ok(())
-}
-
-/// The files of a set that is arriving. What arrived is kept for the next attempt when this is
-/// dropped without having been published.
-#[derive(Debug)]
-struct Staged {
-    store: Store,
-    stage: Mutex<Option<Stage>>,
-    directory: PathBuf,
-    files: Vec<FileMeta>,
-    open: Mutex<Vec<(u32, Arc<File>)>>,
-    written: AtomicU64,
-}
-
-impl Staged {
-    fn prepare(
-        shared: &Shared,
-        peer: &[u8; 32],
-        begin: &BeginSet,
-        files: Vec<FileMeta>,
-    ) -> Result<(Self, Held), TransferError> {
-        let store = shared.store.clone();
-        // What would be refused in the end is refused before the bytes are sent.
-        if !begin.ancestor {
-            store.check_may_publish(begin.name.as_str(), peer, shared.pinned)?;
-        }
-        if let Some(base) = &begin.base_name {
-            store.named_by(base.as_str(), peer)?;
-        }
-        store.adopt_stages(peer, begin.name.as_str())?;
-        let held = store.held_of(peer)?;
-        let stage = store.stage(peer, begin.name.as_str(), begin.page_size)?;
-        let directory = stage.files();
-        let staged = Self {
-            store,
-            stage: Mutex::new(Some(stage)),
-            directory,
-            files,
-            open: Mutex::default(),
-            written: AtomicU64::new(0),
-        };
-        for meta in &staged.files {
-            let path = staged.directory.join(meta.name.as_str());
-            let file = OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&path);
-            file.and_then(|file| file.set_len(meta.size))
-                .tried("create", &path)?;
-        }
-        Ok((staged, held))
-    }
-
-    // Unpacks, hashes, writes. Where the bytes belong was checked before.
-    fn write(&self, frame: &Frame, ranges: &[Range<u64>]) -> Result<Vec<Digest>, TransferError> {
-        let meta = &self.files[frame.header.file as usize];
-        let raw = match frame.header.codec {
-            Codec::Raw => frame.payload.clone(),
-            Codec::Zstd => Bytes::from(unpack(frame)?),
-        };
-        let path = self.directory.join(meta.name.as_str());
-        let file = self.file(frame.header.file).tried("open", &path)?;
-        let run = VerifiedRun::hash(raw, meta.block_len as usize);
-        let mut at = 0;
-        for range in ranges {
-            let len = usize::try_from(range.end - range.start).expect("a segment fits into memory");
-            file.write_all_at(&run.bytes()[at..at + len], range.start)
-                .tried("write", &path)?;
-            at += len;
-        }
-        self.sync_early(&file, at as u64).tried("sync", &path)?;
-        Ok(run.digests().to_vec())
-    }
-
-    // What must be on disk before the set is published goes there while more arrives: one of the
-    // writers waits for the disk, the others go on.
-    fn sync_early(&self, file: &File, written: u64) -> std::io::Result<()> {
-        let before = self.written.fetch_add(written, Ordering::Relaxed);
-        if self.store.is_durable() && before / SYNC_STEP != (before + written) / SYNC_STEP {
-            file.sync_data()?;
-        }
-        Ok(())
-    }
-
-    fn file(&self, file: u32) -> std::io::Result<Arc<File>> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, handle)) = open.iter().find(|(number, _)| *number == file) {
-            return Ok(handle.clone());
-        }
-        let path = self.directory.join(self.files[file as usize].name.as_str());
-        let handle = Arc::new(OpenOptions::new().write(true).open(path)?);
-        if open.len() >= OPEN_FILES {
-            open.remove(0);
-        }
-        open.push((file, handle.clone()));
-        Ok(handle)
-    }
-
-    // Removes what arrived.
-    fn discard(&self) {
-        if let Some(stage) = self.take_stage()
-            && let Err(error) = self.store.discard(stage)
-        {
-            tracing::warn!("{error}; the next `crxfer recv` removes it");
-        }
-    }
-
-    fn take_stage(&self) -> Option<Stage> {
-        self.stage
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-    }
-}
-
-impl Drop for Staged {
-    fn drop(&mut self) {
-        if let Some(stage) = self.take_stage()
-            && let Err(error) = self.store.abandon(stage)
-        {
-            tracing::warn!("{error}; what arrived will be sent again");
-        }
-    }
-}
-
-thread_local! {
-    static DECOMPRESSOR: std::cell::RefCell<Option<Decompressor>> = const { std::cell::RefCell::new(None) };
-}
-
-fn unpack(frame: &Frame) -> Result<Vec<u8>, TransferError> {
-    DECOMPRESSOR.with_borrow_mut(|decompressor| {
-        if decompressor.is_none() {
-            *decompressor = Decompressor::new().ok();
-        }
-        let unpacked = decompressor
-            .as_mut()
-            .map(|it| it.decompress(&frame.payload, frame.header.raw_len as usize));
-        match unpacked {
-            Some(Ok(bytes)) => Ok(bytes),
-            _ => Err(SessionError::Protocol("a frame that cannot be unpacked").into()),
-        }
-    })
-}
-
-// Removes what the set that was just stored has made superfluous.
-fn tidy(shared: &Shared, peer: [u8; 32], begin: &BeginSet) {
-    let name = begin.name.as_str();
-    let mut tidied = shared.store.drop_partials(&peer, name);
-    // An ancestor takes nobody's name; what can go is found when the last set has come.
-    if !begin.ancestor {
-        tidied = tidied.and_then(|()| shared.store.tidy(Some(name), shared.keep));
-    }
-    if let Err(error) = tidied {
-        tracing::warn!("{error}; old generations stay");
-    }
-}
-
-// Makes room, unless the set is there already.
-fn prepare_set(
-    shared: &Shared,
-    peer: [u8; 32],
-    begin: &BeginSet,
-    files: Vec<FileMeta>,
-) -> Result<Input, TransferError> {
-    if let Some(root) = begin.root
-        && let Some(done) = unchanged(shared, peer, begin, root)?
-    {
-        return Ok(Input::Stored(Box::new(done)));
-    }
-    let (staged, held) = Staged::prepare(shared, &peer, begin, files)?;
-    Ok(Input::Prepared {
-        staged: Arc::new(staged),
-        held: Arc::new(held),
-    })
-}
-
-// Assembles and publishes. Runs on a thread of its own.
-fn store_set(
-    shared: &Shared,
-    peer: [u8; 32],
-    job: &StoreJob,
-    staged: Arc<Staged>,
-    held: Arc<Held>,
-) -> Result<(Published, Received), TransferError> {
-    let begin = &job.begin;
-    let root = job.manifest.root();
-    let name = (!begin.ancestor).then(|| begin.name.to_string());
-    if let Some(done) = unchanged(shared, peer, begin, root)? {
-        staged.discard();
-        drop(held);
-        tidy(shared, peer, begin);
-        return Ok(done);
-    }
-    // Ancestors of a flat set are only read from: keep them small.
-    let layout = match shared.layout {
-        Layout::Flat if begin.ancestor => Layout::Incremental,
-        layout => layout,
-    };
-    let assembler = Assembler {
-        store: &shared.store,
-        held: &held,
-        peer,
-        job,
-        layout,
-        directory: staged.directory.clone(),
-    };
-    let assembled = assembler.assemble().inspect_err(|error| {
-        if is_out_of_space(error) {
-            staged.discard();
-        }
-    })?;
-    let completeness = one_word(&assembled.completeness);
-    let stage = staged.take_stage().ok_or(TransferError::Cancelled)?;
-    let keep_link = job
-        .manifest
-        .parent
-        .as_ref()
-        .map(|parent| parent.link.clone());
-    let new = NewSet {
-        name: name.clone(),
-        peer,
-        names_are_owned: shared.pinned,
-        root,
-        layout,
-        page_size: job.manifest.page_size,
-        completeness: completeness.to_owned(),
-        base: assembled.base,
-        keep_link: keep_link.filter(|_| layout == Layout::Faithful),
-        image_bytes: begin.total_bytes,
-    };
-    let digests = assembled.all_digests(&job.recipe);
-    let published = shared
-        .store
-        .publish(stage, new, &assembled.files, digests)?;
-    drop(held);
-    tidy(shared, peer, begin);
-    let path = shared
-        .store
-        .directory_of(&published.record)
-        .unwrap_or_default();
-    let mut received = Received {
-        name: name.unwrap_or_default(),
-        path: if begin.ancestor {
-            path
-        } else {
-            shared.store.root().join(begin.name.as_str())
-        },
-        generation: published.record.generation,
-        layout,
-        base: published.base,
-        completeness: completeness.to_owned(),
-        unchanged: false,
-        image_bytes: begin.total_bytes,
-        notes: published.notes,
-    };
-    if let (Some(base), true) = (&begin.base_name, layout != Layout::Incremental) {
-        let layout = layout.as_str();
-        let note = format!("--base {base} has no effect: this destination stores {layout} sets");
-        received.notes.push(note);
-    }
-    Ok((to_published(begin.set, &received), received))
-}
-
-// The set with this root is there under this name already, in this layout.
-fn unchanged(
-    shared: &Shared,
-    peer: [u8; 32],
-    begin: &BeginSet,
-    root: Digest,
-) -> Result<Option<(Published, Received)>, TransferError> {
-    let rebased = shared.layout == Layout::Incremental && begin.base_name.is_some();
-    if begin.ancestor || rebased {
-        return Ok(None);
-    }
-    let current = shared.store.current(begin.name.as_str())?;
-    let records = shared.store.records()?;
-    let same = current.filter(|record| {
-        record.peer == peer
-            && record.root == root
-            && record.layout == shared.layout
-            && shared.store.is_sound(record, &records)
-    });
-    let Some(record) = same else { return Ok(None) };
-    let base = record.base.map(|id| shared.store.name_of(id)).transpose()?;
-    let received = Received {
-        name: record.name.clone(),
-        path: shared.store.root().join(begin.name.as_str()),
-        generation: record.generation,
-        layout: record.layout,
-        base,
-        completeness: record.completeness,
-        unchanged: true,
-        image_bytes: record.image_bytes,
-        notes: Vec::new(),
-    };
-    Ok(Some((to_published(begin.set, &received), received)))
-}
-
-fn to_published(set: u32, received: &Received) -> Published {
-    Published {
-        set,
-        name: received.name.clone(),
-        generation: received.generation,
-        layout: received.layout,
-        base: received.base.clone(),
-        completeness: received.completeness.clone(),
-        unchanged: received.unchanged,
-        notes: received.notes.clone(),
-    }
-}
-
-fn one_word(completeness: &Completeness) -> &'static str {
-    match completeness {
-        Completeness::Complete => "complete",
-        Completeness::PreDump => "pre-dump",
-        Completeness::PagesOnly => "pages-only",
-        Completeness::MissingPages => "missing-pages",
-        Completeness::Lazy => "lazy",
-        Completeness::Opaque(_) => "opaque",
-        Completeness::Damaged(_) => "damaged",
-    }
 }
