@@ -74,19 +74,6 @@ fn open_following(
     )?)
 }
 
-/// A word for programs, as received sets have it.
-pub(crate) fn state(completeness: &Completeness) -> &'static str {
-    match completeness {
-        Completeness::Complete => "complete",
-        Completeness::PreDump => "pre-dump",
-        Completeness::PagesOnly => "pages-only",
-        Completeness::MissingPages => "missing-pages",
-        Completeness::Lazy => "lazy",
-        Completeness::Opaque(_) => "opaque",
-        Completeness::Damaged(_) => "damaged",
-    }
-}
-
 /// What is wrong, one text each.
 pub(crate) fn problems(completeness: &Completeness) -> Vec<String> {
     match completeness {
@@ -113,7 +100,7 @@ fn summary_json(summary: &Summary) -> Value {
     json!({
         "path": summary.path.to_string_lossy(),
         "completeness": {
-            "state": state(&summary.completeness),
+            "state": summary.completeness.word(),
             "restorable": summary.completeness.is_restorable(),
             "problems": problems(&summary.completeness),
         },

@@ -111,7 +111,7 @@ impl Report {
                 "path": self.path.to_string_lossy(),
                 "sound": self.is_sound(),
                 "digests_compared": self.verification.is_some(),
-                "completeness": self.completeness.as_ref().map_or("damaged", inspect::state),
+                "completeness": self.completeness.as_ref().map_or("damaged", Completeness::word),
                 "sets": self.verification.as_ref().map(|it| it.sets),
                 "files": self.verification.as_ref().map(|it| it.files),
                 "bytes": self.verification.as_ref().map(|it| it.bytes),

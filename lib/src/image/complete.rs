@@ -56,6 +56,19 @@ pub enum Completeness {
 }
 
 impl Completeness {
+    /// A word for records and programs.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::PreDump => "pre-dump",
+            Self::PagesOnly => "pages-only",
+            Self::MissingPages => "missing-pages",
+            Self::Lazy => "lazy",
+            Self::Opaque(_) => "opaque",
+            Self::Damaged(_) => "damaged",
+        }
+    }
+
     /// Whether the set may be offered for restore.
     pub fn is_restorable(&self) -> bool {
         matches!(self, Self::Complete)

@@ -23,7 +23,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         (_, true) => e2e::Scope::All,
         _ => e2e::Scope::Usual,
     };
-    let crates = of_crates();
+    let crates = of_crates(scope);
     let tally = e2e::run_scope(scope, "");
     // Last, so that the line "N passed, N failed" is.
     report(crates, tally)
@@ -31,7 +31,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// The quick tests, as the checks of a change run them: both parts, even if the first fails.
 pub(crate) fn quick() -> (Result<()>, Result<e2e::Tally>) {
-    (of_crates(), e2e::run_scope(e2e::Scope::Quick, ""))
+    (
+        of_crates(e2e::Scope::Quick),
+        e2e::run_scope(e2e::Scope::Quick, ""),
+    )
 }
 
 fn report(crates: Result<()>, tally: Result<e2e::Tally>) -> Result<()> {
@@ -44,18 +47,19 @@ fn report(crates: Result<()>, tally: Result<e2e::Tally>) -> Result<()> {
     crates.and(tally.verdict())
 }
 
-fn of_crates() -> Result<()> {
+fn of_crates(scope: e2e::Scope) -> Result<()> {
+    let slow_too = scope == e2e::Scope::All;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(&cargo);
     command.current_dir(run::workspace());
     if run::find_program("cargo-nextest").is_some() {
-        run::shown(command.args([
-            "nextest",
-            "run",
-            "--workspace",
-            "--no-fail-fast",
-            "--no-tests=pass",
-        ]))?;
+        command.args(["nextest", "run", "--workspace"]);
+        command.args(["--no-fail-fast", "--no-tests=pass"]);
+        if slow_too {
+            // That one is for a person who looks at one seed.
+            command.args(["--run-ignored", "all", "-E", "not test(seed_of_a_failure)"]);
+        }
+        run::shown(&mut command)?;
         // nextest leaves out the examples in the documentation.
         let mut examples = Command::new(&cargo);
         return run::shown(
@@ -64,5 +68,9 @@ fn of_crates() -> Result<()> {
                 .current_dir(run::workspace()),
         );
     }
-    run::shown(command.args(["test", "--workspace", "--no-fail-fast"]))
+    command.args(["test", "--workspace", "--no-fail-fast"]);
+    if slow_too {
+        command.args(["--", "--include-ignored", "--skip", "seed_of_a_failure"]);
+    }
+    run::shown(&mut command)
 }

@@ -7,7 +7,6 @@ use super::serve::{Input, is_out_of_space};
 use super::staged::Staged;
 use crate::delta::FileMeta;
 use crate::digest::Digest;
-use crate::image::Completeness;
 use crate::session::StoreJob;
 use crate::store::{Held, NewSet};
 use crate::transfer::TransferError;
@@ -82,7 +81,7 @@ pub(super) fn store_set(
             staged.discard();
         }
     })?;
-    let completeness = one_word(&assembled.completeness);
+    let completeness = assembled.completeness.word();
     let stage = staged.take_stage().ok_or(TransferError::Cancelled)?;
     let keep_link = job
         .manifest
@@ -179,17 +178,5 @@ fn to_published(set: u32, received: &Received) -> Published {
         completeness: received.completeness.clone(),
         unchanged: received.unchanged,
         notes: received.notes.clone(),
-    }
-}
-
-fn one_word(completeness: &Completeness) -> &'static str {
-    match completeness {
-        Completeness::Complete => "complete",
-        Completeness::PreDump => "pre-dump",
-        Completeness::PagesOnly => "pages-only",
-        Completeness::MissingPages => "missing-pages",
-        Completeness::Lazy => "lazy",
-        Completeness::Opaque(_) => "opaque",
-        Completeness::Damaged(_) => "damaged",
     }
 }
