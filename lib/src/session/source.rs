@@ -259,6 +259,7 @@ impl Source {
                 if published.set == self.number && self.plan[self.index].leaves.is_some() =>
             {
                 self.parent = self.plan[self.index].root(self.parent);
+                self.count_all_known();
                 self.published.push(published);
                 self.next_set(now)
             }
@@ -514,6 +515,16 @@ impl Source {
 
     fn send(&mut self, message: Message) {
         self.commands.push_back(SourceCommand::Send(message));
+    }
+
+    fn count_all_known(&mut self) {
+        let files = self.plan[self.index].files.iter();
+        let pages = files
+            .filter(|file| file.is_pages())
+            .map(FileMeta::blocks)
+            .sum::<u64>();
+        self.counts.total += pages;
+        self.counts.known += pages;
     }
 
     fn count_ops(&mut self, at: SegmentAt, ops: &[Op]) {

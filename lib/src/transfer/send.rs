@@ -412,6 +412,10 @@ impl<'a> Driver<'a> {
 
     async fn remember(&mut self, memo: Memo, begun: SystemTime) {
         let (sets, leaves) = (self.sets.clone(), self.source.take_leaves());
+        if leaves.is_empty() {
+            // The set stood there already: what is remembered of it stays.
+            return;
+        }
         let remember = move || {
             if let Some(set) = sets.last() {
                 set.remember(&memo, begun, &leaves);

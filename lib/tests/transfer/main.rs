@@ -6,4 +6,5 @@ mod images;
 mod interrupted;
 mod layouts;
 mod peers;
+mod remembered;
 mod support;
