@@ -239,7 +239,7 @@ impl fmt::Debug for Secret {
 }
 
 /// BLAKE3's hash type compares in constant time.
-fn equal_in_constant_time(one: [u8; 32], other: [u8; 32]) -> bool {
+pub(crate) fn equal_in_constant_time(one: [u8; 32], other: [u8; 32]) -> bool {
     blake3::Hash::from_bytes(one) == blake3::Hash::from_bytes(other)
 }
 

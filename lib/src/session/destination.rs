@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::{Liveness, SessionError};
 use crate::delta::{FileMeta, Manifest, ParentRef, Place, Recipe};
 use crate::digest::Digest;
+use crate::ticket::equal_in_constant_time;
 use crate::wire::{
     BeginSet, BlockId, FrameHeader, Hello, Layout, Message, Op, Published, SegmentAt, VERSIONS,
     Welcome, limits,
@@ -278,7 +279,7 @@ impl Destination {
         if let Some(expected) = &self.config.expected_proof
             && !hello
                 .ticket_proof
-                .is_some_and(|given| equal_in_constant_time(&given, expected))
+                .is_some_and(|given| equal_in_constant_time(given, *expected))
         {
             return Err(SessionError::Ticket);
         }
@@ -484,9 +485,4 @@ impl Receiving {
             recipe: self.recipe,
         })
     }
-}
-
-// How long a comparison takes must not tell how much of a guess was right.
-fn equal_in_constant_time(a: &[u8; 32], b: &[u8; 32]) -> bool {
-    blake3::Hash::from_bytes(*a) == blake3::Hash::from_bytes(*b)
 }
