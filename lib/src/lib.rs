@@ -80,6 +80,7 @@ pub mod identity;
 pub mod image;
 pub mod page;
 pub mod session;
+pub mod standby;
 pub mod store;
 mod sys;
 #[cfg(any(test, feature = "testing"))]

@@ -51,6 +51,11 @@ pub enum SessionError {
     /// The peer says nothing any more.
     #[error("the other side said nothing for {0} s")]
     Silent(u64),
+    /// The workload stayed frozen for as long as the operator allows.
+    #[error(
+        "the workload was frozen for {} s, the limit (--freeze-limit); it runs on here", .0.as_secs_f64()
+    )]
+    FreezeLimit(std::time::Duration),
     /// Something on this side failed; the text says what.
     #[error("{}", .0.reason)]
     Local(Failure),
@@ -70,7 +75,7 @@ impl SessionError {
             | Self::Root
             | Self::Changed(_) => FailureCode::Content,
             Self::Content(_) => FailureCode::Protocol,
-            Self::Silent(_) => FailureCode::Cancelled,
+            Self::Silent(_) | Self::FreezeLimit(_) => FailureCode::Cancelled,
         };
         Some(Failure::new(code, self.to_string()))
     }

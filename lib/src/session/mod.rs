@@ -23,14 +23,13 @@
 
 mod destination;
 mod error;
+pub mod migration;
 mod source;
 #[cfg(test)]
 mod tests;
 
 pub use destination::{Destination, DestinationCommand, DestinationConfig, StoreJob};
 pub use error::SessionError;
-#[cfg(any(test, feature = "testing"))]
-pub(crate) use source::file_digest;
 pub use source::{PageCounts, SetLeaves, SetPlan, Source, SourceCommand, SourceConfig};
 
 use std::time::{Duration, Instant};

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 use super::{Liveness, SessionError};
-use crate::delta::{BlockRef, FileMeta, FirstSeen, Manifest, ParentRef, SetName};
+use crate::delta::{BlockRef, FileMeta, FirstSeen, Manifest, ParentRef, SetName, file_digest};
 use crate::digest::{Digest, tree, zero_digest};
 use crate::page::PageSize;
 use crate::wire::{
@@ -79,16 +79,6 @@ impl SetPlan {
             .map(|(file, leaves)| file_digest(file, leaves));
         Some(self.manifest(parent, digests.collect()).root())
     }
-}
-
-/// The digest of a file with the digests `leaves` of its blocks.
-pub(crate) fn file_digest(file: &FileMeta, leaves: &[Digest]) -> Digest {
-    let per_segment = usize::try_from(file.segment_blocks()).expect("a segment fits into memory");
-    let segments: Vec<_> = leaves
-        .chunks(per_segment)
-        .map(tree::segment_digest)
-        .collect();
-    tree::file_digest(file.size, u64::from(file.block_len), &segments)
 }
 
 /// Pages of a set by how they crossed.

@@ -355,7 +355,7 @@ fn file_digests(set: &MemorySet) -> Vec<Digest> {
     let leaves = set.leaves();
     let files = set.files.iter().zip(&leaves);
     files
-        .map(|((meta, _), leaves)| crate::session::file_digest(meta, leaves))
+        .map(|((meta, _), leaves)| crate::delta::file_digest(meta, leaves))
         .collect()
 }
 

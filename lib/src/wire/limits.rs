@@ -42,3 +42,24 @@ pub const FRAME_BYTES: u32 = 2 << 20;
 
 /// Bytes (and up to three more, to end at a character) of a text for humans (a reason, a note, a link).
 pub const TEXT: usize = 4096;
+
+/// Bytes of a source's facts, and of a destination's checks.
+pub const FACTS: usize = 512 << 10;
+
+/// Resources from outside of the tree that CRIU is told of.
+pub const EXTERNALS: usize = 256;
+
+/// Phases and notes in a destination's last word.
+pub const PHASES: usize = 64;
+
+/// Runs of pages in one `Runs` note.
+pub const RUNS_PER_NOTE: usize = 16 << 10;
+
+/// Bytes of a note on the migration's stream.
+pub const STREAM_NOTE: u32 = 1 << 20;
+
+/// Memories and files of one migration.
+pub const OBJECTS: u32 = 1 << 18;
+
+/// Iterations of one migration.
+pub const ITERATIONS: u32 = 1000;

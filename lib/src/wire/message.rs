@@ -3,7 +3,7 @@
 use crxfer_proto::v1;
 use prost::Message as _;
 
-use super::{BlockId, limits};
+use super::{BlockId, Step, limits};
 use crate::delta::{BadName, FileMeta, FileName, SetName};
 use crate::digest::Digest;
 use crate::page::{BadPageSize, PageSize};
@@ -267,6 +267,8 @@ pub enum Message {
     },
     /// Either: nothing to say, still at work.
     Working,
+    /// Either: a step of a live migration, since version 2.
+    Migration(Step),
     /// Destination: the set is stored and visible.
     Published(Published),
     /// Either: the end.
@@ -352,6 +354,7 @@ impl Message {
                 frames: *frames,
             }),
             Self::Working => Body::Working(v1::Working {}),
+            Self::Migration(step) => Body::Migration(step.to_proto()),
             Self::Published(published) => Body::Published(published.to_proto()),
             Self::Failure(failure) => Body::Failure(v1::Failure {
                 code: failure.to_proto_code() as i32,
@@ -442,6 +445,7 @@ impl Message {
                     frames: end.frames,
                 },
                 Body::Working(v1::Working {}) => Self::Working,
+                Body::Migration(migration) => Self::Migration(Step::from_proto(migration)?),
                 Body::Published(published) => Self::Published(Published::from_proto(published)?),
                 Body::Failure(failure) => Self::Failure(Failure::from_proto(&failure)),
             },
@@ -560,7 +564,7 @@ impl Failure {
     }
 }
 
-fn cut(text: &str) -> String {
+pub(super) fn cut(text: &str) -> String {
     let end = text
         .char_indices()
         .map(|(at, _)| at)
@@ -573,7 +577,7 @@ fn cut(text: &str) -> String {
 }
 
 // A text for humans ends on terminals: control characters would let the peer write there.
-fn text(text: String) -> Result<String, WireError> {
+pub(super) fn text(text: String) -> Result<String, WireError> {
     if text.len() > limits::TEXT + 4 || text.chars().any(char::is_control) {
         return Err(WireError::Field("text"));
     }

@@ -5,17 +5,25 @@
 mod frame;
 pub mod limits;
 mod message;
+mod migration;
 
 pub use frame::{Codec, FrameError, FrameHeader, HEADER_LEN, Op, decode_ops, encode_ops};
 pub use message::{
     BeginSet, Failure, FailureCode, Hello, Layout, Message, Published, SegmentAt, Welcome,
     WireError,
 };
+pub use migration::{
+    MigrationId, Object, Offer, Offered, Phase, RECORD_HEADER_LEN, RecordKind, RestoreOptions,
+    Step, StreamNote,
+};
 
 use crate::digest::Digest;
 
 /// The version of the session protocol that this build speaks, highest last.
-pub const VERSIONS: std::ops::RangeInclusive<u32> = 1..=1;
+pub const VERSIONS: std::ops::RangeInclusive<u32> = 1..=2;
+
+/// The first version that knows live migration.
+pub const MIGRATION_VERSION: u32 = 2;
 
 /// The short id by which blocks are asked for: the first 16 bytes of the digest.
 ///

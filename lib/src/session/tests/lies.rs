@@ -293,7 +293,7 @@ fn opening(set: &MemorySet) -> Vec<Message> {
     let plan = set.plan(true);
     let leaves = plan.leaves.clone().unwrap();
     let digests = plan.files.iter().zip(&leaves);
-    let digests = digests.map(|(file, leaves)| crate::session::file_digest(file, leaves));
+    let digests = digests.map(|(file, leaves)| crate::delta::file_digest(file, leaves));
     let files = plan.files.iter().cloned().zip(digests.clone()).collect();
     let manifest = Manifest {
         page_size: set.page_size,

@@ -1,0 +1,404 @@
+//! The pages of one memory: where each of them was written, and with which digest.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FallocateFlags;
+
+use super::{PlaceOf, Places, StandbyError};
+use crate::delta::{DumpedMemory, segment_pages};
+use crate::digest::{Digest, VerifiedRun, zero_digest};
+use crate::image::{PageFlags, PageRun, Pagemap, PagemapName};
+use crate::page::PageSize;
+use crate::store::Tried as _;
+use crate::wire::{FrameHeader, Op};
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    digest: Digest,
+    // Iteration 0: no such page.
+    place: PlaceOf,
+}
+
+/// The pages file of the iteration that arrives.
+#[derive(Debug)]
+struct Out {
+    file: File,
+    path: PathBuf,
+    pages: u32,
+    // The page that was written last: they must ascend, as the file has them in their order.
+    last: Option<u64>,
+}
+
+/// What became of one memory in the final iteration.
+#[derive(Debug)]
+pub(super) struct Built {
+    pub(super) dumped: DumpedMemory,
+    pub(super) pages: u64,
+    pub(super) fresh_pages: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Memory {
+    pages_id: u32,
+    page: PageSize,
+    segment_pages: usize,
+    zero: Digest,
+    table: BTreeMap<u64, Box<[Slot]>>,
+    out: Option<Out>,
+    // Of the final iteration, where the dump holds this memory.
+    runs: Option<Vec<PageRun>>,
+    replaced: Vec<PlaceOf>,
+}
+
+impl Memory {
+    pub(super) fn new(pages_id: u32, page: PageSize) -> Self {
+        Self {
+            pages_id,
+            page,
+            segment_pages: segment_pages(page),
+            zero: zero_digest(page.byte_len()),
+            table: BTreeMap::new(),
+            out: None,
+            runs: None,
+            replaced: Vec::new(),
+        }
+    }
+
+    /// Writes the pages that a frame describes; gives the bytes written.
+    pub(super) fn write(
+        &mut self,
+        places: &Places,
+        header: &FrameHeader,
+        ops: &[Op],
+        run: &VerifiedRun,
+        copies: &[VerifiedRun],
+    ) -> Result<u64, StandbyError> {
+        let segment = header.segment;
+        let described: u64 = ops.iter().map(|op| u64::from(op.blocks())).sum();
+        let per_segment = self.segment_pages as u64;
+        let literal: u64 = ops.iter().map(literal_pages).sum();
+        if described != per_segment
+            || segment > u64::MAX / self.page.bytes() / per_segment - 1
+            || literal * self.page.bytes() != run.bytes().len() as u64
+        {
+            return Err(StandbyError::Protocol("a frame of the wrong length"));
+        }
+        let mut writer = self.open_out(&places.directory(places.iteration))?;
+        let begin = writer.pages;
+        let mut page = segment * per_segment;
+        let (mut literals, mut copies) = (0, copies.iter());
+        for op in ops {
+            for at in page..page + u64::from(op.blocks()) {
+                let digest = match op {
+                    Op::Held(_) => break,
+                    Op::Zero(_) => self.zero,
+                    Op::Literal(_) => {
+                        literals += 1;
+                        run.digests()[literals - 1]
+                    }
+                    Op::Same(_, from) => {
+                        let own;
+                        let copy = if from.file == header.file {
+                            own = self.read(from.block.saturating_add(at - page), places)?;
+                            &own
+                        } else {
+                            copies.next().expect("found for each page")
+                        };
+                        writer.put(copy.bytes(), self.page)?;
+                        copy.digests()[0]
+                    }
+                };
+                writer.take(at)?;
+                let place = PlaceOf {
+                    iteration: places.iteration,
+                    index: writer.pages - 1,
+                };
+                self.set(at, Slot { digest, place });
+            }
+            if let Op::Literal(count) = op {
+                let end = literals * self.page.byte_len();
+                let from = end - *count as usize * self.page.byte_len();
+                writer.put_behind(&run.bytes()[from..end], self.page)?;
+            }
+            page += u64::from(op.blocks());
+        }
+        let written = u64::from(writer.pages - begin) * self.page.bytes();
+        self.out = Some(writer);
+        Ok(written)
+    }
+
+    fn set(&mut self, page: u64, slot: Slot) {
+        let per_segment = self.segment_pages;
+        let index = self.index(page);
+        let segment = self.table.entry(page / per_segment as u64);
+        let empty = Slot {
+            digest: Digest([0; 32]),
+            place: PlaceOf::default(),
+        };
+        let slots = segment.or_insert_with(|| vec![empty; per_segment].into());
+        if slots[index].place.iteration != 0 {
+            self.replaced.push(slots[index].place);
+        }
+        slots[index] = slot;
+    }
+
+    fn get(&self, page: u64) -> Option<Slot> {
+        let slots = self.table.get(&(page / self.segment_pages as u64))?;
+        let slot = slots[self.index(page)];
+        (slot.place.iteration != 0).then_some(slot)
+    }
+
+    fn index(&self, page: u64) -> usize {
+        usize::try_from(page % self.segment_pages as u64).expect("within a segment")
+    }
+
+    /// The bytes of a page, checked.
+    pub(super) fn read(&self, page: u64, places: &Places) -> Result<VerifiedRun, StandbyError> {
+        let slot = self
+            .get(page)
+            .ok_or(StandbyError::Protocol("a copy of a page that was not sent"))?;
+        let directory = places.directory(slot.place.iteration);
+        let path = directory.join(self.pages_name());
+        let file = File::open(&path).tried("open", &path)?;
+        let mut bytes = vec![0; self.page.byte_len()];
+        let offset = u64::from(slot.place.index) * self.page.bytes();
+        file.read_exact_at(&mut bytes, offset)
+            .tried("read", &path)?;
+        let run = VerifiedRun::hash(bytes.into(), self.page.byte_len());
+        match run.digests()[0] == slot.digest {
+            true => Ok(run),
+            false => Err(StandbyError::Root),
+        }
+    }
+
+    /// Pages that the dump holds, in ascending order over all calls.
+    pub(super) fn add_runs(
+        &mut self,
+        runs: &[PageRun],
+        page: PageSize,
+    ) -> Result<(), StandbyError> {
+        let known = self.runs.get_or_insert_default();
+        for run in runs {
+            let bytes = run.pages.checked_mul(page.bytes());
+            let end = bytes.and_then(|bytes| run.vaddr.checked_add(bytes));
+            let follows = known.last().is_none_or(|last| last.end(page) <= run.vaddr);
+            if end.is_none() || !follows || !run.vaddr.is_multiple_of(page.bytes()) {
+                return Err(StandbyError::Protocol("pages out of order"));
+            }
+            known.push(*run);
+        }
+        Ok(())
+    }
+
+    /// Ends an iteration: its pagemap has all pages that are known.
+    pub(super) fn finish(
+        &mut self,
+        directory: &Path,
+        name: PagemapName,
+        iteration: u32,
+    ) -> Result<(), StandbyError> {
+        let mut runs = Vec::new();
+        for (segment, slots) in &self.table {
+            let first = segment * self.segment_pages as u64;
+            for (page, slot) in (first..).zip(slots) {
+                let flags = match slot.place.iteration {
+                    0 => continue,
+                    at if at == iteration => PageFlags::PRESENT,
+                    _ => PageFlags::PARENT,
+                };
+                push_page(&mut runs, page, flags, self.page);
+            }
+        }
+        self.close_out(directory)?;
+        self.write_pagemap(directory, name, runs)
+    }
+
+    /// Ends the final iteration, where the dump holds this memory.
+    pub(super) fn finish_final(
+        &mut self,
+        directory: &Path,
+        name: PagemapName,
+        iteration: u32,
+    ) -> Result<Option<Built>, StandbyError> {
+        let Some(dumped_runs) = self.runs.take() else {
+            return match self.out {
+                // They would lie in a file that nothing refers to.
+                Some(_) => Err(StandbyError::Protocol("pages that are not in the dump")),
+                None => Ok(None),
+            };
+        };
+        let mut built = Built {
+            dumped: DumpedMemory::default(),
+            pages: 0,
+            fresh_pages: 0,
+        };
+        let mut runs = Vec::new();
+        let mut digests = Vec::new();
+        for run in dumped_runs {
+            let first = run.vaddr / self.page.bytes();
+            digests.clear();
+            for page in first..first + run.pages {
+                let slot = self.get(page).ok_or(StandbyError::Protocol(
+                    "a page of the dump that was not sent",
+                ))?;
+                digests.push(slot.digest);
+                let is_fresh = slot.place.iteration == iteration;
+                // The file is read in the order of the pagemap.
+                if is_fresh && u64::from(slot.place.index) != built.fresh_pages {
+                    return Err(StandbyError::Protocol("pages that are not in the dump"));
+                }
+                built.fresh_pages += u64::from(is_fresh);
+                let flags = if is_fresh {
+                    run.flags
+                } else {
+                    PageFlags::PARENT
+                };
+                push_page(&mut runs, page, flags, self.page);
+            }
+            built.pages += run.pages;
+            built.dumped.add_pages(digests.iter().copied());
+            built.dumped.add_run(run, self.page);
+        }
+        let written = self.out.as_ref().map_or(0, |out| u64::from(out.pages));
+        if written != built.fresh_pages {
+            return Err(StandbyError::Protocol("pages that are not in the dump"));
+        }
+        self.close_out(directory)?;
+        self.write_pagemap(directory, name, runs)?;
+        Ok(Some(built))
+    }
+
+    fn write_pagemap(
+        &self,
+        directory: &Path,
+        name: PagemapName,
+        runs: Vec<PageRun>,
+    ) -> Result<(), StandbyError> {
+        let name = name.to_string();
+        let pagemap = Pagemap::new(&name, self.pages_id, self.page, runs)?;
+        let path = directory.join(&name);
+        let mut file = private(&path)?;
+        std::io::Write::write_all(&mut file, &pagemap.encode()).tried("write", &path)?;
+        Ok(())
+    }
+
+    // CRIU opens the pages file although no page may be in it.
+    fn close_out(&mut self, directory: &Path) -> Result<(), StandbyError> {
+        let out = self.open_out(directory)?;
+        let length = u64::from(out.pages) * self.page.bytes();
+        // Zero pages at the end are a hole that nothing was written behind.
+        out.file.set_len(length).tried("extend", &out.path)?;
+        Ok(())
+    }
+
+    fn open_out(&mut self, directory: &Path) -> Result<Out, StandbyError> {
+        if let Some(out) = self.out.take() {
+            return Ok(out);
+        }
+        let path = directory.join(self.pages_name());
+        Ok(Out {
+            file: private(&path)?,
+            path,
+            pages: 0,
+            last: None,
+        })
+    }
+
+    fn pages_name(&self) -> String {
+        format!("pages-{}.img", self.pages_id)
+    }
+
+    /// Gives back the room of pages that were replaced. A file system that cannot do that keeps them.
+    pub(super) fn drop_replaced(&mut self, root: &Path) {
+        let mut replaced = std::mem::take(&mut self.replaced);
+        replaced.sort_unstable_by_key(|place| (place.iteration, place.index));
+        let follows = |a: &PlaceOf, b: &PlaceOf| {
+            a.iteration == b.iteration && a.index.checked_add(1) == Some(b.index)
+        };
+        let mut open: Option<(u32, File)> = None;
+        for run in replaced.chunk_by(follows) {
+            let (first, pages) = (run[0], run.len() as u64);
+            if open
+                .as_ref()
+                .is_none_or(|(iteration, _)| *iteration != first.iteration)
+            {
+                let directory = root.join(first.iteration.to_string());
+                let path = directory.join(self.pages_name());
+                open = fs::OpenOptions::new()
+                    .write(true)
+                    .open(path)
+                    .ok()
+                    .map(|file| (first.iteration, file));
+            }
+            let Some((_, file)) = &open else { continue };
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let offset = u64::from(first.index) * self.page.bytes();
+            let _ = rustix::fs::fallocate(file, punch, offset, pages * self.page.bytes());
+        }
+    }
+}
+
+impl Out {
+    // A page gets the next place in the file.
+    fn take(&mut self, page: u64) -> Result<(), StandbyError> {
+        if self.last.is_some_and(|last| last >= page) {
+            return Err(StandbyError::Protocol("pages out of order"));
+        }
+        self.last = Some(page);
+        self.pages = self
+            .pages
+            .checked_add(1)
+            .ok_or(StandbyError::Protocol("too many pages in one iteration"))?;
+        Ok(())
+    }
+
+    // Writes where the next page will be.
+    fn put(&self, bytes: &[u8], page: PageSize) -> Result<(), StandbyError> {
+        let offset = u64::from(self.pages) * page.bytes();
+        Ok(self
+            .file
+            .write_all_at(bytes, offset)
+            .tried("write", &self.path)?)
+    }
+
+    // Writes the pages that were taken last.
+    fn put_behind(&self, bytes: &[u8], page: PageSize) -> Result<(), StandbyError> {
+        let end = u64::from(self.pages) * page.bytes();
+        let offset = end - bytes.len() as u64;
+        Ok(self
+            .file
+            .write_all_at(bytes, offset)
+            .tried("write", &self.path)?)
+    }
+}
+
+fn literal_pages(op: &Op) -> u64 {
+    match op {
+        Op::Literal(count) => u64::from(*count),
+        _ => 0,
+    }
+}
+
+fn push_page(runs: &mut Vec<PageRun>, page: u64, flags: PageFlags, size: PageSize) {
+    let vaddr = page * size.bytes();
+    match runs.last_mut() {
+        Some(last) if last.flags == flags && last.end(size) == vaddr => last.pages += 1,
+        _ => runs.push(PageRun {
+            vaddr,
+            pages: 1,
+            flags,
+        }),
+    }
+}
+
+fn private(path: &Path) -> Result<File, StandbyError> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    Ok(file.tried("create", path)?)
+}

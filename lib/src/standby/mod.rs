@@ -1,0 +1,384 @@
+//! The destination's copy of a running tree's memory, in the making: what arrives of each iteration
+//! becomes an image directory that builds on the one before, until the final one can be restored.
+//!
+//! ```text
+//! MIGRATION/1/      pagemap-7.img pages-1.img …          all pages of the first iteration
+//!           2/      the same files, parent ─▶ ../1       pages that changed; all others are the parent's
+//!           final/  and all other images of the dump, parent ─▶ ../2
+//! ```
+//! A page that a later iteration replaced is punched out of its file when that iteration is
+//! complete: however many iterations there are, the directories hold each page about once.
+
+mod arriving;
+mod memory;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use self::arriving::ArrivingFile;
+use self::memory::Memory;
+use crate::delta::codec::{DecompressError, Decompressor};
+use crate::delta::{BlockRef, dump_root};
+use crate::digest::{Digest, VerifiedRun};
+use crate::image::{ImageError, PagemapName};
+use crate::page::PageSize;
+use crate::store::{StoreError, Tried as _};
+use crate::wire::{Codec, FrameHeader, Object, Op, StreamNote, limits};
+
+/// Name of the directory that is restored.
+pub const FINAL: &str = "final";
+
+/// Why an iteration cannot be stored.
+#[derive(Debug, thiserror::Error)]
+pub enum StandbyError {
+    /// The source sent what does not belong there.
+    #[error("the other side broke the protocol: {0}")]
+    Protocol(&'static str),
+    /// The dump that arrived is not the one that the source made.
+    #[error(
+        "the dump that arrived does not have the root digest that the source stated; nothing of it is used"
+    )]
+    Root,
+    /// A frame cannot be unpacked.
+    #[error("a frame cannot be unpacked: {0}")]
+    Unpack(#[from] DecompressError),
+    /// The pages form no pagemap.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The directory failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What a note ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// An iteration begins.
+    Begun {
+        /// Its number.
+        number: u32,
+        /// The last one.
+        is_final: bool,
+    },
+    /// An iteration is stored, synced where the place lasts.
+    Stored {
+        /// Its number.
+        number: u32,
+        /// Bytes written for it.
+        bytes: u64,
+    },
+    /// The dump is complete and checked, but not synced: see [`Standby::sync_final`].
+    Complete {
+        /// The directory to restore from.
+        directory: PathBuf,
+        /// Pages of the dump.
+        pages: u64,
+        /// Of these, pages that came with the final iteration.
+        fresh_pages: u64,
+    },
+}
+
+#[derive(Debug)]
+enum Thing {
+    Memory(Memory),
+    File(ArrivingFile),
+}
+
+/// Where pages were written: an iteration, and the page's index in its pages file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+struct PlaceOf {
+    iteration: u32,
+    index: u32,
+}
+
+/// The copy in the making. Everything must be given to it in the order of the stream.
+#[derive(Debug)]
+pub struct Standby {
+    root: PathBuf,
+    page: PageSize,
+    durable: bool,
+    things: Vec<Thing>,
+    by_name: BTreeMap<PagemapName, u32>,
+    iteration: u32,
+    is_open: bool,
+    is_final: bool,
+    stored_bytes: u64,
+    decompressor: Decompressor,
+}
+
+impl Standby {
+    /// Makes the directory at `root`, which must not exist, with mode 0700.
+    pub fn create(root: &Path, page: PageSize, durable: bool) -> Result<Self, StandbyError> {
+        make_private(root)?;
+        Ok(Self {
+            root: root.to_owned(),
+            page,
+            durable,
+            things: Vec::new(),
+            by_name: BTreeMap::new(),
+            iteration: 0,
+            is_open: false,
+            is_final: false,
+            stored_bytes: 0,
+            decompressor: Decompressor::new()?,
+        })
+    }
+
+    /// Where everything is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Makes the directory of the final iteration before it is needed.
+    pub fn prepare_final(&mut self) -> Result<(), StandbyError> {
+        make_private(&self.root.join(FINAL))
+    }
+
+    /// A note of the stream.
+    pub fn note(&mut self, note: StreamNote) -> Result<Option<Event>, StandbyError> {
+        match note {
+            StreamNote::Begin { number, is_final } => self.begin(number, is_final).map(Some),
+            StreamNote::Objects(objects) => {
+                objects.into_iter().try_for_each(|it| self.add_object(it))?;
+                Ok(None)
+            }
+            StreamNote::Runs { object, runs } if self.is_final => {
+                let page = self.page;
+                self.memory(object)?.add_runs(&runs, page)?;
+                Ok(None)
+            }
+            StreamNote::End { number, root } if self.is_open && number == self.iteration => {
+                self.is_open = false;
+                match (self.is_final, root) {
+                    (true, Some(root)) => self.end_final(root).map(Some),
+                    (false, None) => self.end_iteration().map(Some),
+                    _ => Err(StandbyError::Protocol("an end of the wrong kind")),
+                }
+            }
+            _ => Err(StandbyError::Protocol("a note out of order")),
+        }
+    }
+
+    fn begin(&mut self, number: u32, is_final: bool) -> Result<Event, StandbyError> {
+        if self.is_open || self.is_final || number != self.iteration + 1 {
+            return Err(StandbyError::Protocol("an iteration out of order"));
+        }
+        (self.iteration, self.is_final, self.is_open) = (number, is_final, true);
+        self.stored_bytes = 0;
+        let directory = self.directory();
+        if !(is_final && directory.is_dir()) {
+            make_private(&directory)?;
+        }
+        Ok(Event::Begun { number, is_final })
+    }
+
+    fn add_object(&mut self, object: Object) -> Result<(), StandbyError> {
+        let index = u32::try_from(self.things.len()).unwrap_or(u32::MAX);
+        if !self.is_open || index >= limits::OBJECTS {
+            return Err(StandbyError::Protocol("an object out of order"));
+        }
+        let thing = match object {
+            Object::Memory(name) => {
+                if self.by_name.insert(name, index).is_some() {
+                    return Err(StandbyError::Protocol("a memory that was named before"));
+                }
+                Thing::Memory(Memory::new(index + 1, self.page))
+            }
+            Object::File { name, mode, size } if self.is_final => {
+                let path = self.directory().join(name.as_str());
+                Thing::File(ArrivingFile::create(&path, name, mode, size, self.page)?)
+            }
+            Object::File { .. } => {
+                return Err(StandbyError::Protocol("a file before the final iteration"));
+            }
+        };
+        self.things.push(thing);
+        Ok(())
+    }
+
+    /// A frame of the stream: unpacked, hashed and written.
+    pub fn frame(
+        &mut self,
+        header: &FrameHeader,
+        ops: &[Op],
+        payload: bytes::Bytes,
+    ) -> Result<(), StandbyError> {
+        if !self.is_open || header.set != self.iteration {
+            return Err(StandbyError::Protocol("a frame out of order"));
+        }
+        let raw = match header.codec {
+            Codec::Raw => payload,
+            Codec::Zstd => {
+                let raw = self
+                    .decompressor
+                    .decompress(&payload, header.raw_len as usize)?;
+                raw.into()
+            }
+        };
+        let block_len = match self.things.get(header.file as usize) {
+            Some(Thing::Memory(_)) => self.page.byte_len(),
+            Some(Thing::File(file)) => file.block_len(),
+            None => return Err(StandbyError::Protocol("a frame of nothing that was named")),
+        };
+        let copies = self.find_copies(header.file, ops)?;
+        let run = VerifiedRun::hash(raw, block_len);
+        let places = self.places();
+        self.stored_bytes += match &mut self.things[header.file as usize] {
+            Thing::Memory(memory) => memory.write(&places, header, ops, &run, &copies)?,
+            Thing::File(file) => file.write(header.segment, ops, &run)?,
+        };
+        Ok(())
+    }
+
+    // The pages of other memories that the frame's *same* ops refer to, in order.
+    fn find_copies(&mut self, own: u32, ops: &[Op]) -> Result<Vec<VerifiedRun>, StandbyError> {
+        let mut copies = Vec::new();
+        let places = self.places();
+        for op in ops {
+            match *op {
+                Op::Same(count, BlockRef { file, block }) if file != own => {
+                    let memory = self.memory(file)?;
+                    for page in block..block.saturating_add(count.into()) {
+                        copies.push(memory.read(page, &places)?);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(copies)
+    }
+
+    fn places(&self) -> Places {
+        Places {
+            root: self.root.clone(),
+            iteration: self.iteration,
+            is_final: self.is_final,
+        }
+    }
+
+    // Every directory of a chain needs a pagemap of every memory: CRIU's restore hangs where one
+    // leads into a parent without it.
+    fn end_iteration(&mut self) -> Result<Event, StandbyError> {
+        let directory = self.directory();
+        let iteration = self.iteration;
+        for (&name, &index) in &self.by_name {
+            if let Thing::Memory(memory) = &mut self.things[index as usize] {
+                memory.finish(&directory, name, iteration)?;
+            }
+        }
+        if iteration > 1 {
+            link_parent(&directory, iteration - 1)?;
+        }
+        if self.durable {
+            sync_directory(&directory)?;
+        }
+        Ok(Event::Stored {
+            number: iteration,
+            bytes: self.stored_bytes,
+        })
+    }
+
+    fn end_final(&mut self, stated: Digest) -> Result<Event, StandbyError> {
+        let directory = self.directory();
+        let (mut memories, mut files) = (BTreeMap::new(), BTreeMap::new());
+        let (mut pages, mut fresh_pages, mut needs_parent) = (0, 0, false);
+        for (&name, &index) in &self.by_name {
+            let Thing::Memory(memory) = &mut self.things[index as usize] else {
+                continue;
+            };
+            if let Some(built) = memory.finish_final(&directory, name, self.iteration)? {
+                pages += built.pages;
+                fresh_pages += built.fresh_pages;
+                needs_parent |= built.fresh_pages < built.pages;
+                memories.insert(name, built.dumped);
+            }
+        }
+        for thing in &mut self.things {
+            if let Thing::File(file) = thing {
+                let (name, mode, digest) = file.finish()?;
+                if files.insert(name, (mode, digest)).is_some() {
+                    return Err(StandbyError::Protocol("a file that was named before"));
+                }
+            }
+        }
+        if dump_root(self.page, &memories, &files) != stated {
+            return Err(StandbyError::Root);
+        }
+        if needs_parent {
+            link_parent(&directory, self.iteration - 1)?;
+        }
+        Ok(Event::Complete {
+            directory,
+            pages,
+            fresh_pages,
+        })
+    }
+
+    /// Gives back the room of pages that later iterations replaced. To be called between
+    /// iterations, never while the tree is frozen.
+    pub fn drop_replaced(&mut self) {
+        for thing in &mut self.things {
+            if let Thing::Memory(memory) = thing {
+                memory.drop_replaced(&self.root);
+            }
+        }
+    }
+
+    fn memory(&mut self, object: u32) -> Result<&mut Memory, StandbyError> {
+        match self.things.get_mut(object as usize) {
+            Some(Thing::Memory(memory)) => Ok(memory),
+            _ => Err(StandbyError::Protocol("pages of nothing that was named")),
+        }
+    }
+
+    fn directory(&self) -> PathBuf {
+        self.places().directory(self.iteration)
+    }
+}
+
+/// Where the iterations are, and which one arrives.
+#[derive(Debug)]
+struct Places {
+    root: PathBuf,
+    iteration: u32,
+    is_final: bool,
+}
+
+impl Places {
+    fn directory(&self, iteration: u32) -> PathBuf {
+        if self.is_final && iteration == self.iteration {
+            self.root.join(FINAL)
+        } else {
+            self.root.join(iteration.to_string())
+        }
+    }
+}
+
+/// Brings the final directory to disk, for places that last. May run while CRIU reads it.
+pub fn sync_directory(directory: &Path) -> Result<(), StandbyError> {
+    for entry in fs::read_dir(directory).tried("list", directory)? {
+        let path = entry.tried("list", directory)?.path();
+        if !path.is_symlink() {
+            let file = File::open(&path).tried("open", &path)?;
+            file.sync_all().tried("sync", &path)?;
+        }
+    }
+    let opened = File::open(directory).tried("open", directory)?;
+    opened.sync_all().tried("sync", directory)?;
+    Ok(())
+}
+
+fn make_private(path: &Path) -> Result<(), StandbyError> {
+    let made = fs::DirBuilder::new().mode(0o700).create(path);
+    Ok(made.tried("create", path)?)
+}
+
+fn link_parent(directory: &Path, iteration: u32) -> Result<(), StandbyError> {
+    let link = directory.join("parent");
+    let target = format!("../{iteration}");
+    Ok(std::os::unix::fs::symlink(target, &link).tried("create", &link)?)
+}
