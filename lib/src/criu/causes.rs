@@ -23,7 +23,7 @@ struct Cause {
 impl Cause {
     fn matches(&self, line: &str) -> bool {
         let all = |pieces: &&[&str]| pieces.iter().all(|piece| line.contains(piece));
-        self.patterns.iter().any(|pieces| all(pieces))
+        self.patterns.iter().any(all)
     }
 }
 

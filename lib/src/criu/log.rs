@@ -55,8 +55,29 @@ fn error_lines_of(log: impl Read) -> Vec<String> {
 fn error_line(line: &[u8]) -> Option<String> {
     let line = line.get(..line.len().min(MOST_LINE_BYTES))?;
     let text = String::from_utf8_lossy(line);
-    text.contains("Error (")
-        .then(|| text.trim_end().escape_debug().to_string())
+    (text.contains("Error (") && !is_harmless(&text)).then(|| printable(&text))
+}
+
+/// Whether `message` is one that CRIU reports as an error and goes on, also where all is well: hosts
+/// whose limit of open files is lower than CRIU would like.
+fn is_harmless(message: &str) -> bool {
+    message.contains("Can't setup RLIMIT_NOFILE for self")
+}
+
+/// CRIU's own message of its answer, if it says anything.
+pub(super) fn message(answer: Option<&String>) -> Option<String> {
+    let message = answer.filter(|message| !is_harmless(message));
+    message
+        .map(|message| printable(message))
+        .filter(|message| !message.is_empty())
+}
+
+/// `text` on one line, without what would confuse a terminal: names of files are in it.
+pub(super) fn printable(text: &str) -> String {
+    text.trim()
+        .chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
 }
 
 #[cfg(test)]
@@ -65,13 +86,15 @@ mod tests {
 
     #[test]
     fn only_error_lines_are_kept_and_few_of_them() {
-        let mut log = b"(00.1) fine\n(00.2) Error (criu/tty.c:1): first \xff\n".to_vec();
+        let harmless = "Error (criu/util.c:1): rlimit: Can't setup RLIMIT_NOFILE for self: no";
+        assert_eq!(error_lines_of(harmless.as_bytes()), Vec::<String>::new());
+        let mut log = b"(00.1) fine\n(00.2) Error (criu/tty.c:1): Can't \x1b[1m \xff\n".to_vec();
         for _ in 0..100 {
             log.extend_from_slice(b"(00.3)     17: Error (criu/x.c:2): more\n");
         }
         let lines = error_lines_of(log.as_slice());
         assert_eq!(lines.len(), MOST_LINES);
-        assert!(lines[0].contains("first"), "{}", lines[0]);
+        assert!(lines[0].contains("Can't \u{fffd}[1m"), "{}", lines[0]);
     }
 
     #[test]

@@ -294,7 +294,7 @@ impl Worker {
         let place = (options.work, options.log_file.as_str());
         let answer = self.run(Operation::Dump, ReqType::Dump, message, place, decide)?;
         Ok(DumpOutcome {
-            message: answer.cr_errmsg,
+            message: log::message(answer.cr_errmsg.as_ref()),
         })
     }
 
@@ -318,7 +318,7 @@ impl Worker {
         let go_on = &mut |_, _| Verdict::GoOn;
         let answer = self.run(Operation::PreDump, request, message, place, go_on)?;
         Ok(DumpOutcome {
-            message: answer.cr_errmsg,
+            message: log::message(answer.cr_errmsg.as_ref()),
         })
     }
 
@@ -643,12 +643,12 @@ impl Drop for Worker {
 /// CRIU's refusal with all that its log adds.
 fn failed(operation: Operation, answer: &Resp, work: BorrowedFd<'_>, log_file: &str) -> CriuError {
     let lines = log::error_lines(work, log_file);
-    let message = answer.cr_errmsg.clone().filter(|text| !text.is_empty());
+    let message = log::message(answer.cr_errmsg.as_ref());
     let known = lines.iter().chain(&message).map(String::as_str);
     CriuError::Failed(Box::new(Failure {
         operation,
         advice: causes::advice(known),
-        message: message.map(|text| text.trim().escape_debug().to_string()),
+        message,
         errno: answer.cr_errno,
         log: log::path(work, log_file),
         lines,

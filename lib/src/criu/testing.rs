@@ -7,7 +7,9 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, waitpid};
+use rustix::process::{
+    Pid, Signal, WaitOptions, kill_process_group, test_kill_process_group, waitpid,
+};
 use tempfile::TempDir;
 
 /// CRIU, where tests can use it.
@@ -85,10 +87,13 @@ impl Tree {
         fs::read_to_string(stat).is_ok_and(|stat| !stat.contains(") Z "))
     }
 
-    /// Collects the killed original, so that its pid is free.
+    /// Collects the killed original and waits until its pids are free: its own is taken as the name
+    /// of the group for as long as init has not reaped an orphan of it.
     pub(super) fn reap(&self) {
         let mut child = self.child.lock().expect("no test panicked with it");
         child.wait().expect("our child can be reaped");
+        let free = eventually(|| test_kill_process_group(self.pid).is_err());
+        assert!(free, "all processes of the tree are reaped");
     }
 }
 
