@@ -74,6 +74,7 @@
 //! }
 //! ```
 
+pub mod criu;
 pub mod delta;
 pub mod digest;
 pub mod identity;

@@ -11,6 +11,15 @@ pub mod criu {
         reason = "generated; the .proto file documents the fields"
     )]
     include!("generated/criu.rs");
+
+    /// Messages on the socket of `criu swrk`.
+    pub mod rpc {
+        #![allow(
+            missing_docs,
+            reason = "generated; the .proto file documents the fields"
+        )]
+        include!("generated/criu.rpc.rs");
+    }
 }
 
 /// Session and store messages, version 1.

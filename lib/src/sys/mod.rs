@@ -4,9 +4,13 @@
     reason = "this module is where it belongs; each block says why it is sound"
 )]
 
+mod spawn;
+
 use std::fs::File;
 use std::io;
 use std::path::Path;
+
+pub(crate) use spawn::pass_descriptors;
 
 /// A file of our own, mapped read-only.
 #[derive(Debug)]

@@ -1,0 +1,34 @@
+//! Driving CRIU, and the sockets that CRIU itself speaks on.
+//!
+//! ```text
+//!   caller ── Worker ── SOCK_SEQPACKET ── criu swrk ── dumps or restores the tree
+//!                │  DUMP, RESTORE ▶            │
+//!                │  ◀ post-dump, …             │ page-server stream over a UNIX socket
+//!                │  go on / refuse ▶           ▼
+//!                          page_client::serve ── PageServer ── PageSink: memory, page by page
+//! ```
+//!
+//! - [`Worker`] is one `criu swrk`: start it, [probe](Worker::probe) it, then give it one dump,
+//!   pre-dump or restore. At each [`Stage`] the caller decides whether CRIU goes on.
+//! - [`causes`] turns CRIU's own words into a sentence that says what to do.
+//! - [`page_server`] is the protocol in which CRIU sends memory, as a state machine without I/O;
+//!   [`page_client`] reads it from a socket and hands the pages to a [`page_client::PageSink`].
+//!
+//! Everything blocks and needs no runtime: one plain thread for a worker, one for its memory.
+//! Nothing here looks into images, knows the peer host, or decides when to freeze.
+
+pub mod causes;
+mod error;
+mod log;
+pub mod options;
+pub mod rpc;
+mod stage;
+#[cfg(test)]
+mod testing;
+
+pub use error::{CriuError, Failure, Operation};
+pub use options::{
+    CgroupMode, CriuOptions, DumpOptions, Leave, NetworkLock, PreDumpOptions, RestoreOptions,
+};
+pub use rpc::{Canceller, DumpOutcome, Probe, Restored, Worker};
+pub use stage::{Stage, Verdict};
