@@ -8,6 +8,10 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+mod scan;
+
+pub(crate) use scan::{Region, Wanted, category, pagemap_scan, same_memory};
+
 /// A file of our own, mapped read-only.
 #[derive(Debug)]
 pub(crate) struct Map(memmap2::Mmap);
