@@ -15,6 +15,7 @@
 //! - [`image`]: image directories as files: chains of parents, pagemaps, whether CRIU could restore one.
 //! - [`digest`], [`delta`], [`wire`], [`session`]: what a set is, what of it must be sent, and in which
 //!   messages. No sockets, no files, no clock: the session is driven by events and `now`.
+//! - [`live`]: the memory of a running process tree, read from outside without stopping it.
 //! - [`store`]: the receiving directory: published sets, their generations, what builds on what.
 //! - `transport` and `transfer` (feature `net`, on by default): QUIC, and the drivers that join all this.
 //!
@@ -79,6 +80,7 @@ pub mod delta;
 pub mod digest;
 pub mod identity;
 pub mod image;
+pub mod live;
 pub mod page;
 pub mod session;
 pub mod standby;

@@ -4,6 +4,7 @@
     reason = "this module is where it belongs; each block says why it is sound"
 )]
 
+mod scan;
 mod spawn;
 
 use std::fs::File;
@@ -11,6 +12,7 @@ use std::io;
 use std::path::Path;
 
 pub(crate) use spawn::pass_descriptors;
+pub(crate) use scan::{Region, Wanted, category, pagemap_scan, same_memory};
 
 /// A file of our own, mapped read-only.
 #[derive(Debug)]

@@ -1,0 +1,192 @@
+//! The reader against the dump that CRIU makes of the same, idle, processes.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::ops::Range;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use crxfer::image::{Chain, ImageError, PagemapName, PagesReader};
+use crxfer::live::Method;
+use crxfer::page::PageSize;
+
+use crate::support::{Pages, Workload, is_root, pass, reader};
+
+fn has_criu() -> bool {
+    let there = is_root()
+        && Command::new("criu")
+            .arg("--version")
+            .output()
+            .is_ok_and(|output| output.status.success());
+    if !there {
+        eprintln!("skipped: needs root and criu");
+    }
+    there
+}
+
+fn dump(workload: &Workload, options: &[&str]) -> Pages {
+    let dir = workload.dir.path().join("dump");
+    fs::create_dir(&dir).unwrap();
+    let dumped = Command::new("criu")
+        .args(["dump", "-t", &workload.pid().to_string(), "-D"])
+        .arg(&dir)
+        .args(["-o", "dump.log", "-v2", "--leave-running", "--shell-job"])
+        .args(["--network-lock", "skip"])
+        .args(options)
+        .output()
+        .unwrap();
+    let log = || fs::read_to_string(dir.join("dump.log")).unwrap_or_default();
+    assert!(dumped.status.success(), "{}", log());
+    pages_of(&dir)
+}
+
+fn pages_of(dir: &Path) -> Pages {
+    let page = PageSize::of_host();
+    let chain = Chain::open(dir, Some(page)).unwrap();
+    let names: Vec<_> = chain.newest().pagemaps().keys().copied().collect();
+    let mut reader = PagesReader::new(&chain);
+    let mut pages = Pages::new();
+    for name in names {
+        for run in chain.resolve(name).unwrap() {
+            reader
+                .for_each_piece(name, &run, |address, bytes| {
+                    for (index, bytes) in bytes.chunks(page.byte_len()).enumerate() {
+                        let address = address + index as u64 * page.bytes();
+                        pages.insert((name, address), bytes.to_vec());
+                    }
+                    Ok::<(), ImageError>(())
+                })
+                .unwrap();
+        }
+    }
+    pages
+}
+
+/// What a dump and a pass over the same tree have of each other.
+#[derive(Debug, Default)]
+struct Comparison {
+    equal: usize,
+    /// Both have them, with different bytes.
+    changed: BTreeMap<PagemapName, Vec<u64>>,
+    /// Only the dump has them.
+    missed: BTreeMap<PagemapName, Vec<u64>>,
+    /// Only the pass has them.
+    too_many: BTreeMap<PagemapName, Vec<u64>>,
+}
+
+fn compare(dumped: &Pages, delivered: &Pages) -> Comparison {
+    let mut found = Comparison::default();
+    for (key @ (name, address), bytes) in dumped {
+        let list = match delivered.get(key) {
+            Some(same) if same == bytes => {
+                found.equal += 1;
+                continue;
+            }
+            Some(_) => &mut found.changed,
+            None => &mut found.missed,
+        };
+        list.entry(*name).or_default().push(*address);
+    }
+    for (name, address) in delivered.keys() {
+        if !dumped.contains_key(&(*name, *address)) {
+            found.too_many.entry(*name).or_default().push(*address);
+        }
+    }
+    found
+}
+
+/// Holds two passes by each method against a dump. `restless`: most pages that may have changed
+/// in between.
+fn check(what: &str, workload: &Workload, options: &[&str], restless: usize) {
+    let mut by_scan = reader(workload.pid(), None);
+    let mut by_pagemap = reader(workload.pid(), Some(Method::Pagemap));
+    pass(&mut by_scan);
+    let (last, scanned) = pass(&mut by_scan);
+    let (_, plain) = pass(&mut by_pagemap);
+    let expected: BTreeMap<_, _> = last
+        .tasks
+        .iter()
+        .map(|task| (PagemapName::Task(task.vpid.into()), text_and_vdso(task.pid)))
+        .collect();
+    let dumped = dump(workload, options);
+    for (method, delivered) in [("scan", scanned), ("pagemap", plain)] {
+        let mut found = compare(&dumped, &delivered);
+        for (name, addresses) in &mut found.missed {
+            let ranges = expected.get(name).map_or(&[][..], Vec::as_slice);
+            addresses.retain(|at| !ranges.iter().any(|range| range.contains(at)));
+        }
+        found.missed.retain(|_, addresses| !addresses.is_empty());
+        let changed: usize = found.changed.values().map(Vec::len).sum();
+        eprintln!(
+            "{what} by {method}: {} of {} pages equal, {found:x?}",
+            found.equal,
+            dumped.len()
+        );
+        assert!(found.missed.is_empty() && found.too_many.is_empty());
+        assert!(changed <= restless, "{changed} pages changed");
+    }
+}
+
+/// Where a dump holds pages that a pass leaves to it: the vdso, and the page of the program's
+/// text that CRIU itself overwrites for a moment, to make the task run its code.
+fn text_and_vdso(pid: u32) -> Vec<Range<u64>> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let executable = maps.lines().filter(|line| line.contains("xp "));
+    executable
+        .map(|line| {
+            let (range, _) = line.split_once(' ').unwrap();
+            let (start, end) = range.split_once('-').unwrap();
+            let number = |text| u64::from_str_radix(text, 16).unwrap();
+            number(start)..number(end)
+        })
+        .collect()
+}
+
+#[test]
+fn every_kind_of_memory_is_what_criu_dumps() {
+    if !has_criu() {
+        return;
+    }
+    for scenario in ["kinds", "huge"] {
+        if let Some(workload) = Workload::start(scenario) {
+            check(scenario, &workload, &[], 0);
+        }
+    }
+}
+
+#[test]
+fn a_memcached_is_what_criu_dumps() {
+    if !has_criu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let arguments = ["-u", "root", "-m", "256", "-s", socket.to_str().unwrap()];
+    let Some(workload) = Workload::program("memcached", &arguments) else {
+        eprintln!("skipped: there is no memcached");
+        return;
+    };
+    for _ in 0..100 {
+        if socket.exists() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    for key in 0..500 {
+        let value = vec![u8::try_from(key % 251).unwrap(); 100_000];
+        write!(stream, "set k{key} 0 0 {}\r\n", value.len()).unwrap();
+        stream.write_all(&value).unwrap();
+        stream.write_all(b"\r\n").unwrap();
+        let mut answer = [0; 8];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"STORED\r\n");
+    }
+    drop(stream);
+    thread::sleep(Duration::from_millis(200));
+    // Its clock ticks.
+    check("memcached", &workload, &[], 16);
+}
