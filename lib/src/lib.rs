@@ -76,6 +76,7 @@
 
 pub mod delta;
 pub mod digest;
+pub mod hooks;
 pub mod identity;
 pub mod image;
 pub mod page;
