@@ -23,8 +23,8 @@ pub mod limits {
     pub const PATHS: usize = 256 << 10;
     /// Bytes of one path, as Linux has it.
     pub const PATH: usize = 4096;
-    /// Local addresses of a tree.
-    pub const ADDRESSES: usize = 256;
+    /// Different addresses and ports that sockets of a tree are bound to.
+    pub const SOCKETS: usize = 1024;
     /// Features of a processor: Linux names about 250 on x86-64.
     pub const CPU_FEATURES: usize = 1024;
     /// Bytes of the name of a feature, a machine or a kernel.
@@ -44,8 +44,8 @@ pub struct Facts {
     pub files: Vec<File>,
     /// Files that are not in `files` because they are too many, or have names that are no text.
     pub files_left_out: u32,
-    /// Addresses of this host that sockets of the tree are bound to, ascending.
-    pub addresses: Vec<Address>,
+    /// What sockets of the tree are bound to, each once, ascending.
+    pub sockets: Vec<Socket>,
 }
 
 /// A host, as far as a restored process notices.
@@ -110,13 +110,26 @@ pub struct File {
     pub grows: bool,
 }
 
-/// A local address that a socket of the tree is bound to.
+/// What a socket of the tree is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Address {
-    /// The address, never the unspecified one.
+pub struct Socket {
+    /// The local address; the unspecified one for any.
     pub address: IpAddr,
-    /// Of a connection, not only of a listening or unconnected socket.
-    pub connected: bool,
+    /// The local port; 0 for connections, which share the port of what accepted them.
+    pub port: u16,
+    /// What it is.
+    pub kind: SocketKind,
+}
+
+/// Kinds of sockets that are bound to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SocketKind {
+    /// TCP, waiting for connections.
+    Listening,
+    /// TCP, connected.
+    Connected,
+    /// UDP, connected or not.
+    Udp,
 }
 
 /// Facts or checks of the peer that break the format.
@@ -206,22 +219,18 @@ impl Facts {
 
     fn from_proto(facts: v1::Facts) -> Result<Self, FormatError> {
         bound(facts.files.len(), limits::FILES, "number of files")?;
-        bound(
-            facts.addresses.len(),
-            limits::ADDRESSES,
-            "number of addresses",
-        )?;
+        bound(facts.sockets.len(), limits::SOCKETS, "number of sockets")?;
         let paths = facts.files.iter().map(|file| file.path.len()).sum();
         bound(paths, limits::PATHS, "length of all paths")?;
         let files = facts.files.into_iter().map(File::from_proto);
-        let addresses = facts.addresses.iter().map(Address::from_proto);
+        let sockets = facts.sockets.iter().map(Socket::from_proto);
         Ok(Self {
             host: Host::from_proto(facts.host.unwrap_or_default())?,
             force: facts.choices.unwrap_or_default().force,
             tree: Tree::from_proto(facts.tree.unwrap_or_default())?,
             files: files.collect::<Result<_, _>>()?,
             files_left_out: facts.files_left_out,
-            addresses: addresses.collect::<Result<_, _>>()?,
+            sockets: sockets.collect::<Result<_, _>>()?,
         })
     }
 
@@ -232,7 +241,11 @@ impl Facts {
             tree: Some(self.tree.to_proto()),
             files: self.files.iter().map(File::to_proto).collect(),
             files_left_out: self.files_left_out,
-            addresses: self.addresses.iter().map(Address::to_proto).collect(),
+            sockets: self
+                .sockets
+                .iter()
+                .map(|socket| socket.to_proto())
+                .collect(),
         }
     }
 }
@@ -325,25 +338,36 @@ impl File {
     }
 }
 
-impl Address {
-    fn from_proto(address: &v1::FactsAddress) -> Result<Self, FormatError> {
-        let bytes = address.address.as_slice();
+impl Socket {
+    fn from_proto(socket: &v1::FactsSocket) -> Result<Self, FormatError> {
+        let bytes = socket.address.as_slice();
         let four = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
         let sixteen = || <[u8; 16]>::try_from(bytes).map(IpAddr::from);
-        let parsed = four.or_else(|_| sixteen());
+        let address = four.or_else(|_| sixteen());
         Ok(Self {
-            address: parsed.map_err(|_| FormatError::Field("address"))?,
-            connected: address.connected,
+            address: address.map_err(|_| FormatError::Field("address"))?,
+            port: u16::try_from(socket.port).map_err(|_| FormatError::Field("port"))?,
+            kind: match socket.kind {
+                1 => SocketKind::Listening,
+                2 => SocketKind::Connected,
+                3 => SocketKind::Udp,
+                _ => return Err(FormatError::Field("kind of socket")),
+            },
         })
     }
 
-    fn to_proto(&self) -> v1::FactsAddress {
-        v1::FactsAddress {
+    fn to_proto(self) -> v1::FactsSocket {
+        v1::FactsSocket {
             address: match self.address {
                 IpAddr::V4(address) => address.octets().to_vec(),
                 IpAddr::V6(address) => address.octets().to_vec(),
             },
-            connected: self.connected,
+            port: self.port.into(),
+            kind: match self.kind {
+                SocketKind::Listening => 1,
+                SocketKind::Connected => 2,
+                SocketKind::Udp => 3,
+            },
         }
     }
 }
@@ -372,9 +396,10 @@ pub fn sample() -> Facts {
         written: false,
         grows: false,
     };
-    let address = |address: [u8; 4], connected| Address {
+    let socket = |address: [u8; 4], port, kind| Socket {
         address: address.into(),
-        connected,
+        port,
+        kind,
     };
     Facts {
         host: Host {
@@ -405,9 +430,10 @@ pub fn sample() -> Facts {
             file("/usr/bin/service", 123_456, 0o100_755),
         ],
         files_left_out: 1,
-        addresses: vec![
-            address([127, 0, 0, 1], false),
-            address([192, 0, 2, 7], true),
+        sockets: vec![
+            socket([127, 0, 0, 1], 11211, SocketKind::Listening),
+            socket([127, 0, 0, 1], 11211, SocketKind::Udp),
+            socket([192, 0, 2, 7], 0, SocketKind::Connected),
         ],
     }
 }
@@ -421,9 +447,10 @@ mod tests {
         let mut facts = sample();
         facts.force = true;
         facts.host.criu = None;
-        facts.addresses.push(Address {
+        facts.sockets.push(Socket {
             address: "2001:db8::7".parse().expect("an address"),
-            connected: false,
+            port: u16::MAX,
+            kind: SocketKind::Listening,
         });
         assert_eq!(Facts::decode(&facts.encode()), Ok(facts));
         assert_eq!(Facts::decode(&[]), Ok(Facts::default()));
@@ -438,7 +465,7 @@ mod tests {
         };
         refused(|facts| facts.tree.tasks = vec![1; limits::TASKS + 1]);
         refused(|facts| facts.files = vec![facts.files[0].clone(); limits::FILES + 1]);
-        refused(|facts| facts.addresses = vec![facts.addresses[0]; limits::ADDRESSES + 1]);
+        refused(|facts| facts.sockets = vec![facts.sockets[0]; limits::SOCKETS + 1]);
         refused(|facts| facts.files[0].path = "relative".into());
         refused(|facts| facts.files[0].path = "/\u{1b}[2J".into());
         refused(|facts| facts.files[0].path = format!("/{}", "x".repeat(limits::PATH)));
@@ -470,7 +497,7 @@ mod tests {
             (file.size, file.mode) = (1 << 40, u32::MAX);
             (file.written, file.grows) = (true, true);
         });
-        facts.addresses = vec![facts.addresses[1]; limits::ADDRESSES];
+        facts.sockets = vec![facts.sockets[1]; limits::SOCKETS];
         facts.host.cpu_features = vec!["avx512_vpopcntdq".into(); limits::CPU_FEATURES / 2];
         let bytes = facts.encode();
         assert!(bytes.len() <= limits::FACTS, "{}", bytes.len());

@@ -8,4 +8,4 @@ pub use check::sample_checks;
 pub use check::{Check, Outcome, decode_checks, encode_checks, may_begin};
 #[cfg(any(test, feature = "testing"))]
 pub use facts::sample;
-pub use facts::{Address, CriuVersion, Facts, File, FormatError, Host, Tree, limits};
+pub use facts::{CriuVersion, Facts, File, FormatError, Host, Socket, SocketKind, Tree, limits};

@@ -14,7 +14,7 @@ pub struct Facts {
     #[prost(uint32, tag = "5")]
     pub files_left_out: u32,
     #[prost(message, repeated, tag = "6")]
-    pub addresses: ::prost::alloc::vec::Vec<FactsAddress>,
+    pub sockets: ::prost::alloc::vec::Vec<FactsSocket>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FactsHost {
@@ -78,14 +78,18 @@ pub struct FactsFile {
     #[prost(bool, tag = "5")]
     pub grows: bool,
 }
+/// What a socket of the tree is bound to on the source.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct FactsAddress {
-    /// 4 or 16 bytes
+pub struct FactsSocket {
+    /// 4 or 16 bytes, all 0: any
     #[prost(bytes = "vec", tag = "1")]
     pub address: ::prost::alloc::vec::Vec<u8>,
-    /// of a connection, not only of a listening socket
-    #[prost(bool, tag = "2")]
-    pub connected: bool,
+    /// 0: of connections, whose port their listening socket shares
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+    /// 1 TCP, listening; 2 TCP, connected; 3 UDP
+    #[prost(uint32, tag = "3")]
+    pub kind: u32,
 }
 /// destination -> source.
 #[derive(Clone, PartialEq, ::prost::Message)]
