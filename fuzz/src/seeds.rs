@@ -11,6 +11,7 @@ use crxfer::delta::{BlockRef, FileMeta, FileName};
 use crxfer::digest::Digest;
 use crxfer::identity::Fingerprint;
 use crxfer::page::PageSize;
+use crxfer::preflight;
 use crxfer::store::Index;
 use crxfer::testing::fuzz::{sample_messages, session_seeds};
 use crxfer::ticket::{Secret, Ticket};
@@ -29,6 +30,7 @@ fn main() -> Done {
     frames()?;
     tickets()?;
     index()?;
+    facts()?;
     sessions()
 }
 
@@ -112,6 +114,12 @@ fn sessions() -> Done {
         put("session", name, &operations)?;
     }
     Ok(())
+}
+
+fn facts() -> Done {
+    put("preflight", "facts", &preflight::sample().encode())?;
+    put("preflight", "no-facts", &preflight::Facts::default().encode())?;
+    put("preflight", "checks", &preflight::encode_checks(&preflight::sample_checks()))
 }
 
 fn index() -> Done {

@@ -78,10 +78,12 @@
 pub mod criu;
 pub mod delta;
 pub mod digest;
+pub mod hooks;
 pub mod identity;
 pub mod image;
 pub mod live;
 pub mod page;
+pub mod preflight;
 pub mod session;
 pub mod standby;
 pub mod store;

@@ -10,6 +10,7 @@ use crate::identity::Fingerprint;
 use crate::image::framing::Records;
 use crate::image::{DumpStats, Inventory, Pagemap};
 use crate::page::PageSize;
+use crate::preflight::{Facts, decode_checks, encode_checks, limits as facts_limits};
 use crate::store::Index;
 use crate::text;
 use crate::ticket::Ticket;
@@ -33,6 +34,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("ticket", ticket),
     ("store_index", store_index),
     ("session", session),
+    ("preflight", preflight),
 ];
 
 /// Records of an image: they follow one another without a gap and end with the file or an error.
@@ -162,6 +164,23 @@ pub fn store_index(data: &[u8]) {
         }
     }
     let _ = std::fs::remove_file(&path);
+}
+
+/// Preflight facts and checks: what is taken can be sent on, stays what it is, and is fit for a
+/// terminal.
+pub fn preflight(data: &[u8]) {
+    if let Ok(facts) = Facts::decode(data) {
+        assert!(facts.tree.tasks.len() <= facts_limits::TASKS);
+        assert!(facts.files.len() <= facts_limits::FILES);
+        assert_eq!(Facts::decode(&facts.encode()), Ok(facts));
+    }
+    if let Ok(checks) = decode_checks(data) {
+        assert!(checks.len() <= facts_limits::CHECK_COUNT);
+        for check in &checks {
+            assert!(!check.to_string().chars().any(char::is_control));
+        }
+        assert_eq!(decode_checks(&encode_checks(&checks)), Ok(checks));
+    }
 }
 
 fn tempfile_directory() -> std::path::PathBuf {
