@@ -79,6 +79,7 @@ pub mod digest;
 pub mod identity;
 pub mod image;
 pub mod page;
+pub mod precopy;
 pub mod session;
 pub mod store;
 mod sys;
