@@ -83,6 +83,7 @@ pub mod identity;
 pub mod image;
 pub mod live;
 pub mod page;
+pub mod precopy;
 pub mod preflight;
 pub mod session;
 pub mod standby;
