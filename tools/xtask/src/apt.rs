@@ -32,6 +32,14 @@ pub(crate) const NETWORK: [Needed; 3] = [
         package: "util-linux",
     },
 ];
+pub(crate) const ARPING: Needed = Needed {
+    program: "arping",
+    package: "iputils-arping",
+};
+pub(crate) const RSYNC: Needed = Needed {
+    program: "rsync",
+    package: "rsync",
+};
 pub(crate) const MEMCACHED: Needed = Needed {
     program: "memcached",
     package: "memcached",

@@ -1,4 +1,8 @@
-//! `cargo xtask bench`: whole transfers against a bare QUIC copy, in pairs that take turns.
+//! `cargo xtask bench`: whole transfers against a bare QUIC copy, in pairs that take turns; with
+//! `--kind migrate`, whole migrations against other ways to move a process.
+
+mod baseline;
+mod migrate;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,15 +20,30 @@ use crate::table::{bytes, table};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Size of the image directory
-    #[arg(long, default_value_t = 1024)]
-    mib: u64,
+    /// Size of the image directory (1024 where not said), or of the memory to migrate (250)
+    #[arg(long)]
+    mib: Option<u64>,
     /// Pairs of runs; medians are shown
     #[arg(long, default_value_t = 5)]
     pairs: usize,
-    /// What the pages are: random, text, mixed, …
+    /// What the pages are: random, text, mixed, … Or "migrate": moves a running memcached
     #[arg(long, default_value = "random")]
     kind: String,
+    /// Rate of the line between the hosts, in Mb/s (migrate)
+    #[arg(long, default_value_t = 1000)]
+    rate: u32,
+    /// Values of 100 KB rewritten a second (migrate)
+    #[arg(long, default_value_t = 50)]
+    writes: u32,
+    /// Only these ways to move it (migrate)
+    #[arg(long, value_enum, value_delimiter = ',')]
+    methods: Vec<migrate::Method>,
+}
+
+impl Options {
+    fn image_mib(&self) -> u64 {
+        self.mib.unwrap_or(1024)
+    }
 }
 
 /// One `crxfer send` as a whole process.
@@ -41,6 +60,9 @@ struct Bench {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.kind == "migrate" {
+        return migrate::run(options);
+    }
     // In memory, where the machine has such a place: disks would be measured otherwise.
     let bench = Bench {
         crxfer: Crxfer::build()?,
@@ -51,7 +73,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let changed = bench.changed(&first)?;
     println!(
         "{} MiB of {} pages, both ends on this machine, files in memory; medians of {}\n",
-        options.mib, options.kind, options.pairs
+        options.image_mib(),
+        options.kind,
+        options.pairs
     );
     bench.against_bare_copy(&first, options.pairs)?;
     bench.iterations(&first, &changed, options.pairs)
@@ -60,7 +84,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 impl Bench {
     fn image(&self, name: &str, options: &Options) -> Result<PathBuf> {
         let path = self.scratch.path().join(name);
-        let mib = options.mib.to_string();
+        let mib = options.image_mib().to_string();
         let words = ["--mib", &mib, "--kind", &options.kind];
         run::quiet(tool("make_image")?.arg(&path).args(words))?;
         Ok(path)

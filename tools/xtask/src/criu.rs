@@ -157,6 +157,17 @@ impl Criu {
 
     /// Restores the tree in `directory`; log and statistics go to `work`, as a received set is never changed.
     pub(crate) fn restore(&self, host: &Host, directory: &Path, work: &Path) -> Result<()> {
+        self.restore_with(host, directory, work, &[])
+    }
+
+    /// The same with `more` options.
+    pub(crate) fn restore_with(
+        &self,
+        host: &Host,
+        directory: &Path,
+        work: &Path,
+        more: &[&str],
+    ) -> Result<()> {
         fs::create_dir_all(work)?;
         let mut command = host.command("timeout");
         // Damaged sets make CRIU spin for ever.
@@ -164,7 +175,7 @@ impl Criu {
         command
             .args(["restore", "-d", "-v2", "-o", "restore.log", "-D"])
             .arg(directory);
-        command.arg("-W").arg(work);
+        command.arg("-W").arg(work).args(more);
         run::quiet(&mut command).with_context(|| log_of(&work.join("restore.log")))?;
         Ok(())
     }

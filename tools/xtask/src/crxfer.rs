@@ -1,5 +1,7 @@
 //! The crxfer command under test: builds it, runs its sides on hosts, reads what they report.
 
+pub(crate) mod migrate;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};

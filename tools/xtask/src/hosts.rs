@@ -10,6 +10,8 @@
 //! pids of the dead to be free) and ends when its standard input is closed. The kernel closes that
 //! with this process, however it ends, and then kills all that runs on the host.
 
+mod clients;
+
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Ipv4Addr;
@@ -23,6 +25,8 @@ use std::{process, thread};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, WaitOptions};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+pub(crate) use clients::{Background, Network, SERVICE, Side, Stop, neighbour};
 
 use crate::run;
 
@@ -51,8 +55,7 @@ const FIRST_PID_B: u32 = 20_000;
 impl Hosts {
     /// Starts both hosts and joins them. Needs root.
     pub(crate) fn new(rate: Rate) -> Result<Self> {
-        let a = Host::start("A", Ipv4Addr::new(10, 77, 0, 1), FIRST_PID_A)?;
-        let b = Host::start("B", Ipv4Addr::new(10, 77, 0, 2), FIRST_PID_B)?;
+        let Self { a, b } = Self::apart()?;
         let far_end = b.init.to_string();
         let pair = [
             "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", &far_end,
@@ -63,6 +66,14 @@ impl Hosts {
         let hosts = Self { a, b };
         hosts.shape(rate)?;
         Ok(hosts)
+    }
+
+    /// Starts both hosts, which are not joined yet.
+    fn apart() -> Result<Self> {
+        Ok(Self {
+            a: Host::start("A", Ipv4Addr::new(10, 77, 0, 1), FIRST_PID_A)?,
+            b: Host::start("B", Ipv4Addr::new(10, 77, 0, 2), FIRST_PID_B)?,
+        })
     }
 
     /// Changes what the line carries.

@@ -8,6 +8,7 @@ mod apt;
 mod bench;
 mod checkpoint;
 mod ci;
+mod client;
 mod criu;
 mod crxfer;
 mod demo;
@@ -17,6 +18,7 @@ mod licences;
 mod proto;
 mod run;
 mod scratch;
+mod stage;
 mod table;
 mod tests;
 mod workload;
@@ -62,6 +64,9 @@ enum Command {
     /// Process 1 of a test host
     #[command(hide = true)]
     Init,
+    /// A program that tests move
+    #[command(hide = true)]
+    Workload { name: String },
     /// Remove directories once the caller is gone
     #[command(hide = true)]
     Guard { directories: Vec<PathBuf> },
@@ -78,6 +83,7 @@ fn main() -> ExitCode {
         Command::Licences => licences::check(),
         Command::Proto { check } => proto::run(run::workspace(), check).map_err(Into::into),
         Command::Init => hosts::init(),
+        Command::Workload { name } => workload::serve(&name),
         Command::Guard { directories } => scratch::guard(&directories),
     };
     match outcome {

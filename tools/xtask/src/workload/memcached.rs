@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::{Values, Workload};
+use crate::client::poll;
 use crate::hosts::Host;
 use crate::run;
 
-const PORT: u16 = 11211;
 /// Keys asked for in one request.
 const KEYS_AT_ONCE: usize = 64;
 
@@ -21,14 +21,26 @@ pub(crate) struct Memcached {
     /// One of how many values is written between two dumps.
     step: usize,
     rounds: usize,
+    serves: bool,
 }
 
 impl Memcached {
+    pub(crate) const PORT: u16 = 11211;
+
     pub(crate) fn new(values: Values, step: usize) -> Self {
         Self {
             values,
             step,
             rounds: 0,
+            serves: false,
+        }
+    }
+
+    /// One that other hosts reach, over UDP as well, and that answers what a poller asks.
+    pub(crate) fn serving(values: Values) -> Self {
+        Self {
+            serves: true,
+            ..Self::new(values, 1)
         }
     }
 }
@@ -37,25 +49,26 @@ impl Workload for Memcached {
     fn start(&mut self, host: &Host) -> Result<u32> {
         let program = run::find_program("memcached").context("memcached is not installed")?;
         let limit = (self.values.bytes() * 2 / (1 << 20) + 64).to_string();
-        let port = PORT.to_string();
+        let port = Self::PORT.to_string();
+        let (address, udp_port) = match self.serves {
+            true => ("0.0.0.0", port.as_str()),
+            false => ("127.0.0.1", "0"),
+        };
         let arguments = [
             "-u",
             // Asking for limits of another user's process needs a right that containers lack.
-            "root",
-            "-l",
-            "127.0.0.1",
-            "-p",
-            &port,
-            "-U",
-            "0",
-            "-t",
-            "2",
-            "-m",
-            &limit,
+            "root", "-l", address, "-p", &port, "-U", udp_port, "-t", "2", "-m", &limit,
         ];
         let pid = host.start_workload(&program, &arguments)?;
         let all: Vec<usize> = (0..self.values.len()).collect();
-        host.within(|| Client::connect()?.set(&self.values, &all))?;
+        host.within(|| {
+            let mut client = Client::connect()?;
+            client.set(&self.values, &all)?;
+            match self.serves {
+                true => client.set_one(poll::KEY, poll::VALUE.as_bytes()),
+                false => Ok(()),
+            }
+        })?;
         host.wait_for_closed_connections()?;
         Ok(pid)
     }
@@ -82,7 +95,7 @@ struct Client {
 impl Client {
     fn connect() -> Result<Self> {
         let output = run::wait_for("memcached to answer", Duration::from_secs(10), || {
-            TcpStream::connect(("127.0.0.1", PORT)).ok()
+            TcpStream::connect(("127.0.0.1", Memcached::PORT)).ok()
         })?;
         output.set_read_timeout(Some(Duration::from_secs(20)))?;
         Ok(Self {
@@ -93,16 +106,24 @@ impl Client {
 
     fn set(&mut self, values: &Values, indexes: &[usize]) -> Result<()> {
         for &index in indexes {
-            let value = values.value(index);
-            write!(
-                self.output,
-                "set {} 0 0 {} noreply\r\n",
-                Values::key(index),
-                value.len()
-            )?;
-            self.output.write_all(&value)?;
-            self.output.write_all(b"\r\n")?;
+            self.put(&Values::key(index), &values.value(index))?;
         }
+        self.settle()
+    }
+
+    fn set_one(&mut self, key: &str, value: &[u8]) -> Result<()> {
+        self.put(key, value)?;
+        self.settle()
+    }
+
+    fn put(&mut self, key: &str, value: &[u8]) -> Result<()> {
+        write!(self.output, "set {key} 0 0 {} noreply\r\n", value.len())?;
+        self.output.write_all(value)?;
+        self.output.write_all(b"\r\n")?;
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<()> {
         // Answered when all before it is done.
         self.output.write_all(b"version\r\n")?;
         self.output.flush()?;

@@ -1,13 +1,17 @@
 //! Real programs with state in memory: started on one host, written to, checked on the other.
 
+mod busy;
+mod echo;
 mod memcached;
 mod nginx;
 mod redis;
 mod tree;
 mod values;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
+pub(crate) use busy::BusyTree;
+pub(crate) use echo::Echo;
 pub(crate) use memcached::Memcached;
 pub(crate) use nginx::Nginx;
 pub(crate) use redis::Redis;
@@ -26,4 +30,12 @@ pub(crate) trait Workload {
 
     /// Compares all of its state with what was written. Gives how many values were compared.
     fn check(&self, host: &Host) -> Result<usize>;
+}
+
+/// Is the workload `name` that this program brings itself.
+pub(crate) fn serve(name: &str) -> Result<()> {
+    match name {
+        "echo" => Echo::serve(),
+        _ => bail!("there is no workload {name}"),
+    }
 }

@@ -10,18 +10,31 @@ use super::{Values, Workload};
 use crate::hosts::Host;
 use crate::run;
 
-const PORT: u16 = 6379;
-
 /// A redis whose values are known.
 #[derive(Debug)]
 pub(crate) struct Redis {
-    values: Values,
+    pub(crate) values: Values,
     rounds: usize,
+    serves: bool,
 }
 
 impl Redis {
+    pub(crate) const PORT: u16 = 6379;
+
     pub(crate) fn new(values: Values) -> Self {
-        Self { values, rounds: 0 }
+        Self {
+            values,
+            rounds: 0,
+            serves: false,
+        }
+    }
+
+    /// One that other hosts reach.
+    pub(crate) fn serving(values: Values) -> Self {
+        Self {
+            serves: true,
+            ..Self::new(values)
+        }
     }
 
     fn set(&self, host: &Host, indexes: &[usize]) -> Result<()> {
@@ -38,10 +51,13 @@ impl Redis {
 impl Workload for Redis {
     fn start(&mut self, host: &Host) -> Result<u32> {
         let program = run::find_program("redis-server").context("redis-server is not installed")?;
-        let port = PORT.to_string();
+        let port = Self::PORT.to_string();
+        let address = if self.serves { "0.0.0.0" } else { "127.0.0.1" };
         let arguments = [
             "--bind",
-            "127.0.0.1",
+            address,
+            "--protected-mode",
+            "no",
             "--port",
             &port,
             "--save",
@@ -88,7 +104,7 @@ struct Client {
 impl Client {
     fn connect() -> Result<Self> {
         let output = run::wait_for("redis to answer", Duration::from_secs(10), || {
-            TcpStream::connect(("127.0.0.1", PORT)).ok()
+            TcpStream::connect(("127.0.0.1", Redis::PORT)).ok()
         })?;
         output.set_read_timeout(Some(Duration::from_secs(20)))?;
         Ok(Self {

@@ -57,7 +57,7 @@ impl Tree {
 impl Workload for Tree {
     fn start(&mut self, host: &Host) -> Result<u32> {
         let program = self.directory.join("tree");
-        compile(&self.directory.join("tree.c"), &program)?;
+        compile(SOURCE, &self.directory.join("tree.c"), &program)?;
         let place = self
             .directory
             .to_str()
@@ -92,8 +92,9 @@ impl Workload for Tree {
     }
 }
 
-fn compile(source: &Path, program: &Path) -> Result<()> {
-    fs::write(source, SOURCE)?;
+/// Writes `text` to the file `source` and compiles that.
+pub(super) fn compile(text: &str, source: &Path, program: &Path) -> Result<()> {
+    fs::write(source, text)?;
     // Rust programs are linked by it, so it is there.
     let mut compiler = Command::new("cc");
     run::quiet(

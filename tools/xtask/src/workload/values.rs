@@ -10,6 +10,8 @@ pub(crate) struct Values {
     size: usize,
     /// How often each key was written.
     sequence: Vec<u32>,
+    /// Chooses the keys to rewrite.
+    choice: u64,
 }
 
 impl Values {
@@ -18,6 +20,7 @@ impl Values {
         Self {
             size,
             sequence: vec![1; count],
+            choice: 0x2545_f491_4f6c_dd1d,
         }
     }
 
@@ -66,6 +69,15 @@ impl Values {
         changed
     }
 
+    /// Writes one key once more, any of them; gives its index.
+    pub(crate) fn rewrite_one(&mut self) -> usize {
+        self.choice = next(self.choice);
+        // The high half is the better mixed one.
+        let index = usize::try_from(self.choice >> 32).unwrap_or(0) % self.len();
+        self.sequence[index] += 1;
+        index
+    }
+
     /// Compares what a store gave for key `index`.
     pub(crate) fn compare(&self, index: usize, found: &[u8]) -> Result<()> {
         let wanted = self.value(index);
@@ -110,5 +122,13 @@ mod tests {
         assert_eq!(values.change(0, 4), vec![0, 4, 8]);
         assert!(values.compare(4, &old).is_err());
         assert!(values.compare(5, &values.value(6)).is_err());
+    }
+
+    #[test]
+    fn rewriting_reaches_all_keys() {
+        let mut values = Values::new(10, 500);
+        let mut seen = [false; 10];
+        (0..200).for_each(|_| seen[values.rewrite_one()] = true);
+        assert_eq!(seen, [true; 10]);
     }
 }

@@ -1,0 +1,147 @@
+//! Other ways to move a process, done as well as their tools allow.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::criu::{Criu, End};
+use crate::hosts::Host;
+use crate::run;
+use crate::scratch::Scratch;
+use crate::stage::Stage;
+
+const RSYNC_PORT: u16 = 8730;
+const DUMP: [&str; 3] = ["--tcp-established", "--network-lock", "nftables"];
+
+/// How long each part of a move took.
+pub(super) type Parts = Vec<(&'static str, Duration)>;
+
+/// The method of the studies: a dump into memory that leaves the process running, copied by rsync;
+/// then a second one that stops it, copied again, of which rsync moves only what changed; restore.
+pub(super) fn dump_twice_and_rsync(criu: &Criu, stage: &Stage, memory: &Scratch) -> Result<Parts> {
+    let (source, destination) = (
+        memory.directory("source")?,
+        memory.directory("destination")?,
+    );
+    let hosts = &stage.network.hosts;
+    let daemon = Daemon::start(&hosts.b, &destination, memory)?;
+    let mut clock = Clock::new();
+    let first = source.join("1");
+    criu.dump(&hosts.a, stage.pid, &first, End::LeaveRunning, &DUMP)?;
+    clock.lap("first dump");
+    daemon.copy(&hosts.a, &hosts.b, &first)?;
+    clock.lap("first copy");
+    stage.network.prepare(&hosts.b)?;
+    clock.lap("address");
+    let second = source.join("2");
+    criu.dump(&hosts.a, stage.pid, &second, End::Kill, &DUMP)?;
+    clock.lap("dump");
+    daemon.copy(&hosts.a, &hosts.b, &second)?;
+    clock.lap("copy");
+    finish(criu, stage, &destination, memory, &mut clock)?;
+    Ok(clock.parts)
+}
+
+/// What CRIU alone needs: one dump into memory and a restore from the same, with no copy at all.
+pub(super) fn dump_and_restore(criu: &Criu, stage: &Stage, memory: &Scratch) -> Result<Parts> {
+    let directory = memory.directory("both")?.join("1");
+    let hosts = &stage.network.hosts;
+    stage.network.prepare(&hosts.b)?;
+    let mut clock = Clock::new();
+    criu.dump(&hosts.a, stage.pid, &directory, End::Kill, &DUMP)?;
+    clock.lap("dump");
+    finish(criu, stage, &directory, memory, &mut clock)?;
+    Ok(clock.parts)
+}
+
+fn finish(
+    criu: &Criu,
+    stage: &Stage,
+    images: &Path,
+    memory: &Scratch,
+    clock: &mut Clock,
+) -> Result<()> {
+    let hosts = &stage.network.hosts;
+    criu.restore_with(&hosts.b, images, &memory.directory("work")?, &DUMP)?;
+    clock.lap("restore");
+    stage.network.announce(&hosts.b)?;
+    clock.lap("announce");
+    stage.network.withdraw(&hosts.a)?;
+    // CRIU leaves the rules that lock the connections of what moved away.
+    run::quiet(hosts.a.command("nft").args(["flush", "ruleset"])).map(drop)
+}
+
+struct Clock {
+    last: Instant,
+    parts: Parts,
+}
+
+impl Clock {
+    fn new() -> Self {
+        Self {
+            last: Instant::now(),
+            parts: Vec::new(),
+        }
+    }
+
+    fn lap(&mut self, name: &'static str) {
+        self.parts.push((name, self.last.elapsed()));
+        self.last = Instant::now();
+    }
+}
+
+/// `rsync --daemon` on the destination.
+struct Daemon {
+    child: Child,
+}
+
+impl Daemon {
+    fn start(host: &Host, directory: &Path, memory: &Scratch) -> Result<Self> {
+        let configuration: PathBuf = memory.path().join("rsyncd.conf");
+        fs::write(
+            &configuration,
+            format!(
+                "use chroot = no\nuid = root\ngid = root\n[images]\npath = {}\nread only = no\n",
+                directory.display()
+            ),
+        )?;
+        let mut command: Command = host.command("rsync");
+        command
+            .args(["--daemon", "--no-detach", "--port", &RSYNC_PORT.to_string()])
+            .arg("--config")
+            .arg(&configuration)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let child = command.spawn().context("cannot start the rsync daemon")?;
+        let daemon = Self { child };
+        run::wait_for("the rsync daemon to listen", Duration::from_secs(5), || {
+            host.listens_on(RSYNC_PORT).then_some(())
+        })?;
+        Ok(daemon)
+    }
+
+    fn copy(&self, from: &Host, to: &Host, directory: &Path) -> Result<()> {
+        let source = format!("{}/", directory.display());
+        let target = format!("rsync://{}:{RSYNC_PORT}/images/", to.address);
+        let mut command = from.command("rsync");
+        run::quiet(command.args(rsync_options()).args([source, target])).map(drop)
+    }
+}
+
+/// What rsync is called with; in place, as that is the faster way to copy to memory.
+fn rsync_options() -> Vec<String> {
+    let options = std::env::var("CRXFER_BENCH_RSYNC").unwrap_or_else(|_| "-a --inplace".to_owned());
+    options.split_whitespace().map(str::to_owned).collect()
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It ends with its host at the latest.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
