@@ -29,7 +29,7 @@ const PACKET_OVERHEAD: u64 = 24;
 #[derive(Debug)]
 pub(super) struct Packed {
     pub(super) parts: [Bytes; 2],
-    pub(super) compressed_pages: u64,
+    pub(super) codec: Codec,
     pub(super) wire_len: u64,
 }
 
@@ -37,6 +37,12 @@ pub(super) struct Packed {
 #[derive(Debug)]
 pub(super) struct Packer {
     sets: Arc<Vec<SourceSet>>,
+    pub(super) line: Line,
+}
+
+/// What frames are packed for: compressed where that pays, sent no faster than the user allows.
+#[derive(Debug)]
+pub(super) struct Line {
     bytes_per_s: Option<u64>,
     begun: Instant,
     policy: Mutex<CodecPolicy>,
@@ -45,69 +51,27 @@ pub(super) struct Packer {
 }
 
 impl Packer {
-    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     pub(super) fn new(sets: Arc<Vec<SourceSet>>, bytes_per_s: Option<u64>) -> Self {
-        let begun = Instant::now();
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut policy = CodecPolicy::new(threads.min(super::send::BULK_STREAMS));
-        if let Some(rate) = bytes_per_s {
-            #[expect(clippy::cast_precision_loss, reason = "a rate is an estimate")]
-            policy.assume_link(rate as f64);
-        }
-        Self {
-            sets,
-            bytes_per_s,
-            begun,
-            policy: Mutex::new(policy),
-            last_sent: Mutex::new(begun),
-            free_at: Mutex::new(begun),
-        }
+        let line = Line::new(bytes_per_s);
+        Self { sets, line }
     }
 
     /// Packs the literal blocks of a segment; `bytes` is the whole segment where it is still in
-    /// memory. `at.set` is the set's index in the plan, `number` its number in the session.
+    /// memory. `at.set` is the set's index in the plan, `number` its number in the session. Gives also how many pages
+    /// are compressed.
     pub(super) fn pack(
         &self,
         at: SegmentAt,
         number: u32,
         ops: &[Op],
         bytes: Option<Bytes>,
-    ) -> Result<Packed, TransferError> {
+    ) -> Result<(Packed, u64), TransferError> {
         let set = &self.sets[at.set as usize];
         let meta = &set.files[at.file as usize];
         let (raw, blocks) = self.gather(set, meta, at, ops, bytes)?;
-        let compressed = if raw.is_empty() {
-            None
-        } else {
-            self.compress(&raw)
-        };
-        let ops = encode_ops(ops);
-        let (codec, payload) = match compressed {
-            Some(payload) => (Codec::Zstd, Bytes::from(payload)),
-            None => (Codec::Raw, raw.clone()),
-        };
-        let len = |bytes: usize| u32::try_from(bytes).expect("frames are limited");
-        let header = FrameHeader {
-            set: number,
-            file: at.file,
-            segment: at.segment,
-            codec,
-            ops_len: len(ops.len()),
-            raw_len: len(raw.len()),
-            payload_len: len(payload.len()),
-        };
-        let head = [header.encode().as_slice(), &ops].concat();
-        let wire_len = (head.len() + payload.len()) as u64;
-        let compressed_pages = if codec == Codec::Zstd && meta.is_pages() {
-            blocks
-        } else {
-            0
-        };
-        Ok(Packed {
-            parts: [head.into(), payload],
-            compressed_pages,
-            wire_len,
-        })
+        let packed = self.line.frame(SegmentAt { set: number, ..at }, ops, raw);
+        let is_compressed = packed.codec == Codec::Zstd && meta.is_pages();
+        Ok((packed, if is_compressed { blocks } else { 0 }))
     }
 
     // The bytes of the literal blocks, and how many blocks they are.
@@ -148,6 +112,57 @@ impl Packer {
         }
         Ok((raw.into(), blocks))
     }
+}
+
+impl Line {
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+    pub(super) fn new(bytes_per_s: Option<u64>) -> Self {
+        let begun = Instant::now();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut policy = CodecPolicy::new(threads.min(super::send::BULK_STREAMS));
+        if let Some(rate) = bytes_per_s {
+            #[expect(clippy::cast_precision_loss, reason = "a rate is an estimate")]
+            policy.assume_link(rate as f64);
+        }
+        Self {
+            bytes_per_s,
+            begun,
+            policy: Mutex::new(policy),
+            last_sent: Mutex::new(begun),
+            free_at: Mutex::new(begun),
+        }
+    }
+
+    /// A frame of these literal blocks.
+    pub(super) fn frame(&self, at: SegmentAt, ops: &[Op], raw: Bytes) -> Packed {
+        let compressed = if raw.is_empty() {
+            None
+        } else {
+            self.compress(&raw)
+        };
+        let ops = encode_ops(ops);
+        let len = |bytes: usize| u32::try_from(bytes).expect("frames are limited");
+        let raw_len = len(raw.len());
+        let (codec, payload) = match compressed {
+            Some(payload) => (Codec::Zstd, Bytes::from(payload)),
+            None => (Codec::Raw, raw),
+        };
+        let header = FrameHeader {
+            set: at.set,
+            file: at.file,
+            segment: at.segment,
+            codec,
+            ops_len: len(ops.len()),
+            raw_len,
+            payload_len: len(payload.len()),
+        };
+        let head = [header.encode().as_slice(), &ops].concat();
+        Packed {
+            wire_len: (head.len() + payload.len()) as u64,
+            parts: [head.into(), payload],
+            codec,
+        }
+    }
 
     // A frame that cannot be compressed goes as it is: no reason to end a transfer.
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
@@ -163,7 +178,19 @@ impl Packer {
         })
     }
 
-    /// Hands a frame to its stream, no faster than the user allows.
+    /// Hands a frame to its stream, and learns how fast the link takes it.
+    pub(super) async fn send(
+        &self,
+        stream: &mut BulkSender,
+        packed: Packed,
+    ) -> Result<(), TransferError> {
+        let begun = self.clock();
+        self.write(stream, packed.parts).await?;
+        self.sent(packed.wire_len, begun);
+        Ok(())
+    }
+
+    /// Hands bytes to their stream, no faster than the user allows.
     pub(super) async fn write(
         &self,
         stream: &mut BulkSender,
@@ -200,8 +227,8 @@ impl Packer {
         Instant::now()
     }
 
-    /// A frame of `bytes` was handed over since `begun`.
-    pub(super) fn sent(&self, bytes: u64, begun: Instant) {
+    // A frame of `bytes` was handed over since `begun`.
+    fn sent(&self, bytes: u64, begun: Instant) {
         let now = self.clock();
         let interval = now - std::mem::replace(&mut *lock(&self.last_sent), now);
         lock(&self.policy).on_sent(Sent {

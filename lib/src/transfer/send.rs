@@ -12,7 +12,7 @@ use tokio::task::spawn_blocking;
 
 use super::event::{Event, Events};
 use super::memo::Memo;
-use super::pack::{Packed, Packer};
+use super::pack::Packer;
 use super::plan::{SourceSet, plan};
 use super::{TransferError, software};
 use crate::delta::SetName;
@@ -109,22 +109,10 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
     let (recalled, digested) = (memo.clone(), SystemTime::now());
     let planning = spawn_blocking(move || plan(&directory, name, base, page_size, &recalled));
     let (sets, plans) = planning.await.expect("planning does not panic")?;
-    let connection = connect(&options).await?;
+    let connection = connect(&options.target, &options.identity, &options.transport).await?;
     let _ends_with_this = EndOnDrop(connection.clone());
 
-    let (own, expected) = match &options.target {
-        Target::Ticket(ticket) => {
-            let binding = connection.binding();
-            let proof = |role| Some(proof(ticket.secret(), role, &binding));
-            (proof(Role::Source), proof(Role::Destination))
-        }
-        Target::Pinned { .. } => (None, None),
-    };
-    let config = SourceConfig {
-        software: software(),
-        ticket_proof: own,
-        expected_proof: expected,
-    };
+    let config = source_config(&options.target, &connection);
     let source = Source::new(config, plans, Instant::now());
     let (control, messages) = connection.open_control().await?;
     let mut driver = Driver::new(&connection, source, sets, control, &options).await?;
@@ -152,7 +140,7 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
 
 /// Ends the connection when the transfer is dropped: tasks that read from it would keep it open, and
 /// the destination would wait for the rest.
-struct EndOnDrop(Connection);
+pub(super) struct EndOnDrop(pub(super) Connection);
 
 impl Drop for EndOnDrop {
     fn drop(&mut self) {
@@ -161,12 +149,33 @@ impl Drop for EndOnDrop {
     }
 }
 
-async fn connect(options: &SendOptions) -> Result<Connection, TransferError> {
-    let (addresses, peers) = match &options.target {
+pub(super) async fn connect(
+    target: &Target,
+    identity: &Identity,
+    transport: &transport::Options,
+) -> Result<Connection, TransferError> {
+    let (addresses, peers) = match target {
         Target::Ticket(ticket) => (ticket.addresses(), vec![ticket.fingerprint()]),
         Target::Pinned { addresses, peers } => (addresses.as_slice(), peers.clone()),
     };
-    Ok(transport::connect(addresses, &options.identity, &peers, &options.transport).await?)
+    Ok(transport::connect(addresses, identity, &peers, transport).await?)
+}
+
+/// What the source says of itself on this connection.
+pub(super) fn source_config(target: &Target, connection: &Connection) -> SourceConfig {
+    let (own, expected) = match target {
+        Target::Ticket(ticket) => {
+            let binding = connection.binding();
+            let proof = |role| Some(proof(ticket.secret(), role, &binding));
+            (proof(Role::Source), proof(Role::Destination))
+        }
+        Target::Pinned { .. } => (None, None),
+    };
+    SourceConfig {
+        software: software(),
+        ticket_proof: own,
+        expected_proof: expected,
+    }
 }
 
 enum Input {
@@ -539,14 +548,8 @@ async fn send_frame(
 ) -> Result<u64, TransferError> {
     let packing = packer.clone();
     let pack = spawn_blocking(move || packing.pack(job.at, job.number, &job.ops, job.bytes));
-    let Packed {
-        parts,
-        compressed_pages,
-        wire_len,
-    } = pack.await.expect("packing does not panic")?;
-    let begun = packer.clock();
-    packer.write(stream, parts).await?;
-    packer.sent(wire_len, begun);
+    let (packed, compressed_pages) = pack.await.expect("packing does not panic")?;
+    packer.line.send(stream, packed).await?;
     Ok(compressed_pages)
 }
 
