@@ -1,0 +1,361 @@
+//! The freeze: CRIU dumps the tree, its memory is compared while it still dumps.
+//!
+//! ```text
+//!  thread "dump"    Worker::dump ── pre-dump ── freezes ── … ── post-dump: holds ── told how to end
+//!  thread "memory"  page_client::serve ── pages compared, changed ones onto the stream ── CLOSE
+//!  driver           hears of each moment; at post-dump has the other images sent; asks for the vote
+//! ```
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc as blocking;
+
+use bytes::Bytes;
+
+use super::stream::RecordStream;
+use crate::criu::page_client::{self, PageSink, SinkError};
+use crate::criu::page_server::Batch;
+use crate::criu::{Canceller, CriuError, CriuOptions, DumpOptions, Stage, Verdict, Worker};
+use crate::delta::{Compared, FileMeta, FileName, Outgoing, Record};
+use crate::image::{DumpStats, PageFlags, PageRun, PagemapName};
+use crate::page::PageSize;
+use crate::transfer::clock::Clock;
+
+/// What happens during the freeze, in order.
+#[derive(Debug)]
+pub(super) enum Moment {
+    /// CRIU is about to freeze the tree.
+    Freezing { at_ns: u64 },
+    /// CRIU's memory stream has begun: the tree is frozen.
+    MemoryBegins { at_ns: u64 },
+    /// All memory was compared, and what changed is on the stream. Gives back what reads.
+    MemoryEnds {
+        at_ns: u64,
+        outgoing: Box<Outgoing>,
+        result: Result<Compared, String>,
+    },
+    /// All images are written; the tree stays frozen until [`Frozen::end`].
+    Held { at_ns: u64 },
+    /// CRIU has ended: the tree is gone, or runs on.
+    Ended {
+        at_ns: u64,
+        result: Result<(), CriuError>,
+    },
+}
+
+/// A place for the images of one dump; removed with this, except for logs where CRIU failed.
+#[derive(Debug)]
+pub(super) struct DumpPlace {
+    root: PathBuf,
+    keep_logs: bool,
+}
+
+impl DumpPlace {
+    /// Makes the directory `parent/name`, mode 0700.
+    pub(super) fn create(parent: &Path, name: &str) -> std::io::Result<Self> {
+        let mut private = fs::DirBuilder::new();
+        private.mode(0o700);
+        if !parent.is_dir() {
+            private.recursive(true).create(parent)?;
+            private.recursive(false);
+        }
+        let root = parent.join(name);
+        private.create(&root)?;
+        private.create(root.join("images"))?;
+        Ok(Self {
+            root,
+            keep_logs: false,
+        })
+    }
+
+    pub(super) fn images(&self) -> PathBuf {
+        self.root.join("images")
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The logs stay when this is dropped.
+    pub(super) fn keep_logs(&mut self) {
+        self.keep_logs = true;
+    }
+
+    /// CRIU's own figures, written when the dump has ended well.
+    pub(super) fn stats(&self) -> Option<DumpStats> {
+        let bytes = fs::read(self.root.join("stats-dump")).ok()?;
+        DumpStats::parse(&bytes, "stats-dump").ok()
+    }
+}
+
+impl Drop for DumpPlace {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(self.images());
+        if !self.keep_logs {
+            let _ = fs::remove_dir_all(&self.root);
+        }
+    }
+}
+
+/// A dump under way.
+#[derive(Debug)]
+pub(super) struct Frozen {
+    verdict: blocking::Sender<Verdict>,
+    canceller: Canceller,
+    socket: std::os::unix::net::UnixStream,
+}
+
+impl Frozen {
+    /// How the dump ends: the tree is killed, or runs on.
+    pub(super) fn end(&self, verdict: Verdict) {
+        if verdict == Verdict::Refuse {
+            // CRIU looks at its own socket only at a stage, at this one all the time.
+            let _ = self.socket.shutdown(std::net::Shutdown::Both);
+            self.canceller.cancel();
+        }
+        // Fails where the dump has ended already.
+        let _ = self.verdict.send(verdict);
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // Whatever ends the migration early must not leave the tree frozen.
+        self.end(Verdict::Refuse);
+    }
+}
+
+/// What a freeze needs, made before it.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) worker: Worker,
+    pub(super) socket: std::os::unix::net::UnixStream,
+}
+
+/// Starts CRIU and lets it look around, so that none of that is left for the freeze.
+pub(super) fn prepare(program: &Path) -> Result<Prepared, CriuError> {
+    let pair = page_client::socket_pair();
+    let (socket, theirs) = pair.map_err(|source| CriuError::Io {
+        pid: 0,
+        action: "make a socket for memory",
+        source,
+    })?;
+    let mut worker = Worker::start(program, Some(theirs), None)?;
+    worker.probe()?;
+    Ok(Prepared { worker, socket })
+}
+
+/// What to dump.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) pid: u32,
+    pub(super) number: u32,
+    pub(super) page: PageSize,
+    pub(super) criu: CriuOptions,
+    pub(super) images: PathBuf,
+    pub(super) work: PathBuf,
+}
+
+/// Freezes and dumps. Returns at once; `tell` hears of everything that follows, from both threads.
+pub(super) fn freeze(
+    job: Job,
+    prepared: Prepared,
+    outgoing: Outgoing,
+    stream: RecordStream,
+    clock: Clock,
+    tell: impl Fn(Moment) + Clone + Send + 'static,
+) -> std::io::Result<Frozen> {
+    let Prepared { worker, socket } = prepared;
+    let (verdict, verdicts) = blocking::channel();
+    let frozen = Frozen {
+        verdict,
+        canceller: worker.canceller(),
+        socket: socket.try_clone()?,
+    };
+    let (page, number) = (job.page, job.number);
+    let memory = Memory {
+        outgoing,
+        stream,
+        number,
+        clock,
+        compared: Compared::default(),
+        records: Vec::new(),
+        began: None,
+    };
+    let tell_memory = tell.clone();
+    std::thread::Builder::new()
+        .name("memory".to_owned())
+        .spawn(move || take_memory(memory, socket, page, tell_memory))?;
+    std::thread::Builder::new()
+        .name("dump".to_owned())
+        .spawn(move || dump(&job, worker, &verdicts, clock, &tell))?;
+    Ok(frozen)
+}
+
+fn dump(
+    job: &Job,
+    mut worker: Worker,
+    verdicts: &blocking::Receiver<Verdict>,
+    clock: Clock,
+    tell: &impl Fn(Moment),
+) {
+    let run = |worker: &mut Worker| {
+        let open = |path: &Path| {
+            File::open(path).map_err(|source| CriuError::Io {
+                pid: worker.pid(),
+                action: "open the directory of the images",
+                source,
+            })
+        };
+        let (images, work) = (open(&job.images)?, open(&job.work)?);
+        let mut options =
+            DumpOptions::new(job.pid, images.as_fd(), work.as_fd(), job.criu.clone());
+        options.page_server = true;
+        worker.dump(&options, &mut |stage, _| match stage {
+            Stage::PreDump => {
+                tell(Moment::Freezing {
+                    at_ns: clock.now_ns(),
+                });
+                Verdict::GoOn
+            }
+            Stage::PostDump => {
+                tell(Moment::Held {
+                    at_ns: clock.now_ns(),
+                });
+                // Whoever would answer is gone: the tree runs on.
+                verdicts.recv().unwrap_or(Verdict::Refuse)
+            }
+            _ => Verdict::GoOn,
+        })
+    };
+    let result = run(&mut worker).map(drop);
+    tell(Moment::Ended {
+        at_ns: clock.now_ns(),
+        result,
+    });
+}
+
+fn take_memory(
+    mut memory: Memory,
+    mut socket: std::os::unix::net::UnixStream,
+    page: PageSize,
+    tell: impl Fn(Moment) + Send + 'static,
+) {
+    let began = {
+        let tell = std::sync::Arc::new(tell);
+        memory.began = Some(Box::new({
+            let tell = tell.clone();
+            move |at_ns| tell(Moment::MemoryBegins { at_ns })
+        }));
+        tell
+    };
+    let served = page_client::serve(&mut socket, page, &mut memory);
+    let result = served
+        .map(|_| memory.compared)
+        .map_err(|error| error.to_string());
+    // Closed here: CRIU must not wait for a socket that nobody reads.
+    drop(socket);
+    memory.began = None;
+    began(Moment::MemoryEnds {
+        at_ns: memory.clock.now_ns(),
+        outgoing: Box::new(memory.outgoing),
+        result,
+    });
+}
+
+/// Where CRIU's memory goes.
+struct Memory {
+    outgoing: Outgoing,
+    stream: RecordStream,
+    number: u32,
+    clock: Clock,
+    compared: Compared,
+    records: Vec<Record>,
+    began: Option<Box<dyn Fn(u64)>>,
+}
+
+impl PageSink for Memory {
+    fn open(&mut self, space: PagemapName) -> Result<bool, SinkError> {
+        if let Some(began) = self.began.take() {
+            began(self.clock.now_ns());
+            self.outgoing.begin(self.number, true, &mut self.records);
+        }
+        self.outgoing.open_dumped(space, &mut self.records);
+        Ok(false)
+    }
+
+    fn has_parent(&mut self, _: PagemapName) -> Result<bool, SinkError> {
+        Ok(false)
+    }
+
+    fn pages(&mut self, batch: &Batch, bytes: Bytes) -> Result<(), SinkError> {
+        self.compared += self.outgoing.dumped_pages(
+            batch.space,
+            batch.vaddr,
+            batch.flags,
+            &bytes,
+            &mut self.records,
+        );
+        if !self.records.is_empty() {
+            self.stream.put(self.number, &mut self.records)?;
+        }
+        Ok(())
+    }
+
+    fn elsewhere(&mut self, space: PagemapName, run: PageRun) -> Result<(), SinkError> {
+        if run.flags != PageFlags::PARENT {
+            return Err("CRIU kept pages back".into());
+        }
+        self.outgoing
+            .dumped_in_parent(space, run.vaddr, run.pages, &mut self.records)?;
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<i32, SinkError> {
+        self.stream.put(self.number, &mut self.records)?;
+        Ok(0)
+    }
+}
+
+/// Puts all other images of the dump onto the stream, and ends it. Blocks.
+pub(super) fn send_images(
+    images: &Path,
+    page: PageSize,
+    number: u32,
+    outgoing: &mut Outgoing,
+    stream: &RecordStream,
+) -> std::io::Result<u64> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(images)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            names.push(entry.file_name());
+        }
+    }
+    names.sort();
+    let ended = |error| std::io::Error::new(std::io::ErrorKind::BrokenPipe, error);
+    let mut records = Vec::new();
+    let mut total = 0;
+    for name in names {
+        let mut file = File::open(images.join(&name))?;
+        let about = file.metadata()?;
+        let mode = u16::try_from(about.permissions().mode() & 0o777).expect("nine bits");
+        let name = FileName::new(name.to_string_lossy()).map_err(std::io::Error::other)?;
+        let meta = FileMeta::new(name, mode, about.len(), page);
+        let mut sending = outgoing.begin_file(meta, &mut records);
+        while let Some(part) = sending.next_part() {
+            let mut bytes = vec![0; part];
+            file.read_exact(&mut bytes)?;
+            outgoing.file_part(&mut sending, bytes, &mut records);
+            stream.put(number, &mut records).map_err(ended)?;
+        }
+        outgoing.end_file(sending);
+        total += about.len();
+    }
+    outgoing.end(&mut records);
+    stream.put(number, &mut records).map_err(ended)?;
+    Ok(total)
+}
