@@ -18,10 +18,14 @@ const STEPS: i32 = 24;
 
 /// What it costs a fit to be far from its prior (a time constant as long as the last interval), against
 /// the squared error of the logarithms. Decides only where the observations do not.
-const PRIOR: f64 = 0.005;
+const PRIOR: f64 = 0.001;
 
 /// Before anything was observed: this share of the memory is the working set.
 const UNKNOWN_SHARE: f64 = 0.2;
+
+/// For a deadline: this much. With the doubt that is added there, half of the memory. To take all of it
+/// would freeze every migration with a near deadline before its first iteration is done.
+const UNKNOWN_AT_MOST: f64 = 1.0 / 3.0;
 
 /// Pages of a sample are few: so many more are taken for changed where caution is asked for. None
 /// changed of n has a rate below 3 / n with 95 % confidence.
@@ -116,7 +120,7 @@ impl Dirty {
     pub(super) fn at_most(&self, seconds: f64, memory: f64) -> f64 {
         let newest = self.seen.first().copied();
         let Some(base) = newest.or(self.sample.map(|(observation, _)| observation)) else {
-            return memory;
+            return memory * UNKNOWN_AT_MOST;
         };
         let evenly = base.bytes * (seconds / base.seconds).max(0.0);
         let curved = self.within(seconds, memory);
@@ -136,14 +140,22 @@ impl Dirty {
 
     /// The rate over the last interval.
     pub(super) fn bytes_per_s(&self) -> f64 {
-        self.seen.first().map_or(0.0, |seen| seen.bytes / seen.seconds)
+        self.seen
+            .first()
+            .map_or(0.0, |seen| seen.bytes / seen.seconds)
     }
 }
 
 /// The curve with the least weighted squared error of logarithms: an iteration that changed a
 /// hundredth of the others counts like them.
 fn fit(seen: &[Observation]) -> Curve {
-    let mut best = (f64::INFINITY, Curve { working_set: 0.0, tau: 1.0 });
+    let mut best = (
+        f64::INFINITY,
+        Curve {
+            working_set: 0.0,
+            tau: 1.0,
+        },
+    );
     for step in -STEPS..=STEPS {
         let away = f64::from(step) / f64::from(STEPS) * RANGE.ln();
         let tau = seen[0].seconds * away.exp();

@@ -247,5 +247,5 @@ pub struct Prediction {
 /// `seconds` as a [`Duration`]; estimates that are negative or absurdly long become the nearest one.
 fn duration(seconds: f64) -> Duration {
     const LONGEST: f64 = 1e9;
-    Duration::from_secs_f64(seconds.max(0.0).min(LONGEST))
+    Duration::from_secs_f64(seconds.clamp(0.0, LONGEST))
 }

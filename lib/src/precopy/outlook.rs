@@ -109,7 +109,11 @@ impl Outlook<'_> {
         let reads = self.reads;
         let fresh = at - f64::midpoint(reads.begin, reads.now);
         let unread = if reads.number == 0 {
-            let doubt = if care == Care::Cautious { UNREAD_DOUBT } else { 1.0 };
+            let doubt = if care == Care::Cautious {
+                UNREAD_DOUBT
+            } else {
+                1.0
+            };
             reads.memory * reads.lacked * doubt
         } else {
             self.dirtied(at - reads.middle, care)
@@ -136,13 +140,15 @@ impl Outlook<'_> {
 
     /// Downtime with `changed` bytes left.
     pub(super) fn downtime(&self, changed: f64, care: Care) -> f64 {
-        let (criu_factor, link_factor) = match care {
-            Care::Expected => (1.0, 1.0),
-            Care::Cautious => (CRIU_DOUBT, 1.0),
-            Care::Hopeful => (1.0 / CRIU_DOUBT, 1.0 / LINK_HOPE),
+        let (criu_factor, sending) = match care {
+            Care::Expected => (1.0, self.rates.seconds_to_send(changed)),
+            Care::Cautious => (CRIU_DOUBT, self.rates.seconds_to_send(changed)),
+            Care::Hopeful => (
+                1.0 / CRIU_DOUBT,
+                self.rates.least_seconds_to_send(changed) / LINK_HOPE,
+            ),
         };
         let dump = self.costs.dump.as_secs_f64();
-        let sending = self.rates.seconds_to_send(changed) * link_factor;
         let hidden = sending.min(OVERLAP * dump);
         let criu = (dump + self.costs.restore.as_secs_f64()) * criu_factor;
         criu + sending - hidden + ROUND_TRIPS * self.costs.round_trip.as_secs_f64()
@@ -153,10 +159,9 @@ impl Outlook<'_> {
         self.downtime(self.changed_at(at, care), care)
     }
 
-    /// The latest moment from which, with caution, all is done at `deadline`; before 0 where there is
-    /// none.
-    pub(super) fn latest_freeze(&self, deadline: f64) -> f64 {
-        let fits = |at: f64| at + self.downtime_at(at, Care::Cautious) <= deadline;
+    /// The latest moment from which all is done at `deadline`; before 0 where that has passed.
+    pub(super) fn latest_freeze(&self, deadline: f64, care: Care) -> f64 {
+        let fits = |at: f64| at + self.downtime_at(at, care) <= deadline;
         if !fits(self.reads.now) {
             return -1.0;
         }
@@ -175,17 +180,19 @@ impl Outlook<'_> {
 
     /// The next iterations after the last whole one, `count` at most.
     pub(super) fn ahead(&self, count: u32) -> impl Iterator<Item = Step> {
-        let mut middle = self.reads.middle;
-        let mut end = self.reads.end;
+        let reads = self.reads;
+        let mut middle = reads.middle;
+        let mut end = reads.end;
+        let mut unread = (reads.number == 0).then_some(reads.memory * reads.lacked);
         (0..count).map(move |_| {
-            let unread = self.reads.number == 0 && end == 0.0;
-            let length = if unread {
-                self.length(self.reads.memory * self.reads.lacked)
+            if let Some(bytes) = unread.take() {
+                end = reads.now + self.length(bytes) * (1.0 - reads.share);
+                middle = f64::midpoint(reads.begin, end);
             } else {
-                self.next_length(end - middle)
-            };
-            middle = end + length / 2.0;
-            end += length;
+                let length = self.next_length(end - middle);
+                middle = end + length / 2.0;
+                end += length;
+            }
             let changed = self.dirtied(end - middle, Care::Expected);
             Step {
                 end,

@@ -6,8 +6,8 @@ use super::dirty::Dirty;
 use super::outlook::{Care, Outlook, Reads};
 use super::rates::Rates;
 use super::{
-    Accuracy, Costs, Decision, Goals, Iteration, Measured, OnSlow, Prediction, Sample, Warning, Why,
-    duration,
+    Accuracy, Costs, Decision, Goals, Iteration, Measured, OnSlow, Prediction, Sample, Warning,
+    Why, duration,
 };
 
 /// One more iteration is worth it when it leaves at most this of the downtime.
@@ -22,6 +22,10 @@ const PATIENCE: u32 = 6;
 
 /// Observations of the dirty rate before a target is called out of reach.
 const EVIDENCE: usize = 2;
+
+/// A freeze that comes this close to its limit is put off while it can be: resuming at the limit costs
+/// all of it.
+const LIMIT_DOUBT: f64 = 1.1;
 
 /// Decides after each iteration whether there shall be another.
 ///
@@ -148,31 +152,40 @@ impl Policy {
     /// Now or never, where a deadline says so.
     fn deadline_decides(&self) -> Option<Decision> {
         let deadline = self.goals.deadline?.as_secs_f64();
-        let now = self.reads.now;
-        let outlook = self.outlook();
-        if self.rates.link_bytes_per_s() == 0.0 {
+        if !self.rates.link_is_known() {
             return None;
         }
+        let now = self.reads.now;
+        let outlook = self.outlook();
         if now + outlook.downtime_at(now, Care::Hopeful) > deadline {
             return Some(Decision::GiveUp(Why::DeadlineOutOfReach));
         }
-        let late = outlook.latest_freeze(deadline) <= now;
+        let late = outlook.latest_freeze(deadline, self.care()) <= now;
         late.then(|| self.too_late(Why::Deadline))
+    }
+
+    /// How careful to be of the deadline. Who cancels a slow migration would rather miss it.
+    fn care(&self) -> Care {
+        match (self.goals.downtime, self.goals.on_slow) {
+            (Some(_), OnSlow::Cancel) => Care::Expected,
+            _ => Care::Cautious,
+        }
     }
 
     /// A freeze longer than its limit would end with the source resuming, and nothing would be won.
     fn within_freeze_limit(&self, decision: Decision) -> Decision {
-        let Decision::Freeze(why) = decision else {
+        let (Decision::Freeze(why), Some(limit)) = (decision, self.goals.freeze_limit) else {
             return decision;
         };
         let downtime = self.outlook().downtime_at(self.reads.now, Care::Expected);
-        let fits = |limit: Duration| downtime <= limit.as_secs_f64();
-        if self.goals.freeze_limit.is_none_or(fits) {
-            return decision;
-        }
-        match why {
-            Why::Deadline if self.left() > 0 => Decision::Again,
-            _ => Decision::GiveUp(Why::FreezeLimit),
+        let limit = limit.as_secs_f64();
+        let can_wait = why == Why::Deadline && self.left() > 0;
+        if can_wait && downtime * LIMIT_DOUBT > limit {
+            Decision::Again
+        } else if downtime > limit {
+            Decision::GiveUp(Why::FreezeLimit)
+        } else {
+            decision
         }
     }
 
@@ -189,12 +202,14 @@ impl Policy {
         }
     }
 
-    /// Whether the next iteration is expected to end before the latest freeze.
+    /// Whether the next iteration is expected to end in time. No caution here: where it does not,
+    /// [`progress`](Self::progress) ends it early, and what it sent until then is not lost.
     fn next_fits(&self) -> bool {
         let Some(deadline) = self.goals.deadline else {
             return true;
         };
-        let latest = self.outlook().latest_freeze(deadline.as_secs_f64());
+        let deadline = deadline.as_secs_f64();
+        let latest = self.outlook().latest_freeze(deadline, Care::Expected);
         let next = self.outlook().ahead(1).next();
         next.is_some_and(|next| next.end <= latest)
     }
@@ -230,7 +245,7 @@ impl Policy {
         if self.dirty.observations() < EVIDENCE {
             // Nothing can be predicted well. Only where whatever is left crosses in no time there is
             // nothing to gain.
-            return self.outlook().criu_alone() <= self.outlook().sure_downtime() * WORTH_ONE;
+            return self.outlook().criu_alone() < self.outlook().sure_downtime() * WORTH_ONE;
         }
         let next = self.outlook().ahead(1).next();
         next.is_some_and(|next| next.downtime <= downtime * WORTH_ONE)
@@ -255,10 +270,11 @@ impl Policy {
     /// met; zero when that moment has passed. `None` without a deadline, and before the link is known.
     pub fn latest_freeze(&self) -> Option<Duration> {
         let deadline = self.goals.deadline?.as_secs_f64();
-        if self.rates.link_bytes_per_s() == 0.0 {
+        if !self.rates.link_is_known() {
             return None;
         }
-        Some(duration(self.outlook().latest_freeze(deadline)))
+        let latest = self.outlook().latest_freeze(deadline, self.care());
+        Some(duration(latest))
     }
 
     /// What to expect.

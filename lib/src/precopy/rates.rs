@@ -13,6 +13,9 @@ const SHORTEST_SENDING: f64 = 0.02;
 /// So many round trips, too.
 const SENDING_ROUND_TRIPS: f64 = 4.0;
 
+/// In the first iteration the link says nothing before this: connections start slowly.
+const LINK_STARTED: f64 = 0.1;
+
 /// Weight of the newest iteration in what compression leaves. Pages that the workload writes may
 /// compress unlike the rest of its memory, which only iterations after the first show.
 const RATIO_WEIGHT: f64 = 0.75;
@@ -46,38 +49,51 @@ pub(super) struct Rates {
     link: Pace,
     hash: Pace,
     ratio: Option<f64>,
-    /// `ratio` is of the first iteration, which is still under way.
-    ratio_is_early: bool,
+    /// An iteration was acknowledged.
+    first_done: bool,
     /// Of the current iteration, what the link's estimate contains already.
     counted_wire: u64,
     counted_time: Duration,
+    /// All that the link's estimate was made from.
+    all_wire: f64,
+    all_seconds: f64,
 }
 
 impl Rates {
     /// The current iteration as far as it is.
     pub(super) fn progress(&mut self, so_far: &Iteration, round_trip: Duration) {
-        if self.ratio.is_none() || self.ratio_is_early {
-            self.ratio_is_early = true;
-            self.observe_ratio(so_far, 1.0);
+        if self.first_done {
+            self.observe_link(so_far, round_trip);
+            return;
         }
-        let wire = so_far.wire_bytes.saturating_sub(self.counted_wire) as f64;
-        let time = so_far
-            .send_time
-            .saturating_sub(self.counted_time)
-            .as_secs_f64();
+        // Nothing else is known yet of the memory and the reader.
+        self.observe_ratio(so_far, 1.0);
+        self.observe_link(so_far, round_trip);
+        if so_far.scanned_bytes > 0 && !so_far.scan_time.is_zero() {
+            let pace = so_far.scan_time.as_secs_f64() / so_far.scanned_bytes as f64;
+            self.hash = Pace(Some(pace));
+        }
+    }
+
+    fn observe_link(&mut self, iteration: &Iteration, round_trip: Duration) {
+        let wire = iteration.wire_bytes.saturating_sub(self.counted_wire) as f64;
+        let time = iteration.send_time.saturating_sub(self.counted_time);
+        let seconds = time.as_secs_f64();
         let enough = SHORTEST_SENDING.max(SENDING_ROUND_TRIPS * round_trip.as_secs_f64());
-        let unknown = self.link.0.is_none() && so_far.number > 0;
-        if wire > 0.0 && time > 0.0 && (time >= enough || unknown) {
-            self.link.observe(wire, time);
-            self.counted_wire = so_far.wire_bytes;
-            self.counted_time = so_far.send_time;
+        let counts = seconds >= enough || self.link.0.is_none();
+        if wire > 0.0 && seconds > 0.0 && counts {
+            self.link.observe(wire, seconds);
+            self.all_wire += wire;
+            self.all_seconds += seconds;
+            self.counted_wire = iteration.wire_bytes;
+            self.counted_time = iteration.send_time;
         }
     }
 
     /// A whole iteration.
     pub(super) fn iteration(&mut self, done: &Iteration, round_trip: Duration) {
-        self.progress(done, round_trip);
-        self.ratio_is_early = false;
+        self.observe_link(done, round_trip);
+        self.first_done = true;
         self.counted_wire = 0;
         self.counted_time = Duration::ZERO;
         if done.scanned_bytes > 0 && !done.scan_time.is_zero() {
@@ -99,6 +115,19 @@ impl Rates {
     /// was used: then 0.
     pub(super) fn seconds_to_send(&self, changed: f64) -> f64 {
         changed * self.ratio.unwrap_or(1.0) * self.link.0.unwrap_or(0.0)
+    }
+
+    /// The same, as fast as the link was now or on average, whichever is less: a link that stalls for a
+    /// moment is not yet a slow one.
+    pub(super) fn least_seconds_to_send(&self, changed: f64) -> f64 {
+        let average = self.all_seconds / self.all_wire.max(1.0);
+        let pace = self.link.0.unwrap_or(0.0).min(average);
+        changed * self.ratio.unwrap_or(1.0) * pace
+    }
+
+    /// Whether the link was used for long enough to decide by it.
+    pub(super) fn link_is_known(&self) -> bool {
+        self.link.0.is_some() && (self.first_done || self.all_seconds >= LINK_STARTED)
     }
 
     /// Seconds for reading and hashing `bytes`.

@@ -27,9 +27,16 @@ struct Class {
 enum Pattern {
     Steady,
     /// Of each `period` the part `busy` with `factor` times the writes.
-    Bursts { period: f64, busy: f64, factor: f64 },
+    Bursts {
+        period: f64,
+        busy: f64,
+        factor: f64,
+    },
     /// From `at` on `factor` times the writes.
-    Phase { at: f64, factor: f64 },
+    Phase {
+        at: f64,
+        factor: f64,
+    },
 }
 
 impl Pattern {
@@ -37,7 +44,11 @@ impl Pattern {
     fn until(self, t: f64) -> f64 {
         match self {
             Self::Steady => t,
-            Self::Bursts { period, busy, factor } => {
+            Self::Bursts {
+                period,
+                busy,
+                factor,
+            } => {
                 let (on, off) = (busy * period, (1.0 - busy) * period);
                 let whole = (t / period).floor();
                 let rest = t - whole * period;
@@ -272,10 +283,20 @@ impl World {
                         changed_bytes: whole(stop.changed),
                     };
                     let off = policy.accuracy(measured).downtime_ratio();
-                    return Run { why, stop: Some(stop), iterations: state.number, off };
+                    return Run {
+                        why,
+                        stop: Some(stop),
+                        iterations: state.number,
+                        off,
+                    };
                 }
                 Decision::GiveUp(why) => {
-                    return Run { why, stop: None, iterations: state.number, off: 1.0 };
+                    return Run {
+                        why,
+                        stop: None,
+                        iterations: state.number,
+                        off: 1.0,
+                    };
                 }
             }
         }

@@ -1,12 +1,17 @@
 //! Hundreds of worlds, and the policy against the best stop in hindsight.
 
+use std::fmt;
+
 use super::*;
 
-const WORLDS: u64 = 1200;
+/// Kinds of workloads, see [`workload`].
 const KINDS: u64 = 8;
 
 /// The downtime may be this much above the best stop's.
 const CLOSE: f64 = 1.3;
+
+/// Deadlines are given in seconds.
+const SHORTEST_DEADLINE: f64 = 2.0;
 
 #[derive(Debug)]
 struct Case {
@@ -40,22 +45,46 @@ impl Case {
             };
         }
         if rng.once_in(3) {
-            goals.deadline = Some(secs(stops[0].finish * between(&mut rng, 0.7, 5.0)));
+            let deadline = stops[0].finish * between(&mut rng, 0.7, 5.0);
+            goals.deadline = Some(secs(deadline.max(SHORTEST_DEADLINE)));
+        }
+        if rng.once_in(8) {
+            goals.freeze_limit = Some(secs(lowest(&stops[1..]) * between(&mut rng, 0.7, 6.0)));
         }
         let samples = rng.once_in(2);
         let run = world.migrate(&goals, samples);
-        Self { seed, world, goals, samples, stops, run }
+        Self {
+            seed,
+            world,
+            goals,
+            samples,
+            stops,
+            run,
+        }
     }
 
     fn in_time(&self, stop: &Stop) -> bool {
-        self.goals.deadline.is_none_or(|deadline| secs(stop.finish) <= deadline)
+        self.in_limit(stop)
+            && self
+                .goals
+                .deadline
+                .is_none_or(|deadline| secs(stop.finish) <= deadline)
+    }
+
+    fn in_limit(&self, stop: &Stop) -> bool {
+        self.goals
+            .freeze_limit
+            .is_none_or(|limit| secs(stop.downtime) <= limit)
     }
 
     /// The best stop after an iteration that meets the deadline; a target that is met is good enough.
     fn best(&self) -> Option<f64> {
         let mut in_time = self.stops[1..].to_vec();
         in_time.retain(|stop| self.in_time(stop));
-        let target = self.goals.downtime.map_or(0.0, |target| target.as_secs_f64());
+        let target = self
+            .goals
+            .downtime
+            .map_or(0.0, |target| target.as_secs_f64());
         (!in_time.is_empty()).then(|| lowest(&in_time).max(target))
     }
 
@@ -64,23 +93,16 @@ impl Case {
         Some(self.run.stop?.downtime / self.best()?)
     }
 
-    fn may_give_up(&self) -> bool {
-        self.goals.downtime.is_some()
-            && match self.goals.on_slow {
-                OnSlow::Freeze => false,
-                OnSlow::Cancel => true,
-                OnSlow::Wait => self.goals.deadline.is_none(),
-            }
+    /// Whether some stop would have met the deadline that the policy had to meet.
+    fn deadline_could_be_met(&self) -> bool {
+        let may_cancel = self.goals.downtime.is_some() && self.goals.on_slow == OnSlow::Cancel;
+        self.goals.deadline.is_some()
+            && !may_cancel
+            && self.stops.iter().any(|stop| self.in_time(stop))
     }
 
-    /// Whether the deadline was missed, though some stop would have met it.
     fn misses_deadline(&self) -> bool {
-        self.goals.deadline.is_some()
-            && self.stops.iter().any(|stop| self.in_time(stop))
-            && match self.run.stop {
-                Some(stop) => !self.in_time(&stop),
-                None => !self.may_give_up(),
-            }
+        self.deadline_could_be_met() && self.run.stop.is_none_or(|stop| !self.in_time(&stop))
     }
 
     /// Whether the target could be met, by a margin, and was not.
@@ -90,16 +112,21 @@ impl Case {
         if !self.stops[1..].iter().any(reachable) {
             return None;
         }
-        Some(self.run.stop.is_none_or(|stop| stop.downtime > target * 1.05))
+        Some(
+            self.run
+                .stop
+                .is_none_or(|stop| stop.downtime > target * 1.05),
+        )
     }
 
     fn line(&self) -> String {
         let world = &self.world;
         let work = &world.workload;
-        let show = |time: Option<Duration>| time.map_or("-".into(), |t| format!("{:.2}", t.as_secs_f64()));
+        let show =
+            |time: Option<Duration>| time.map_or("-".into(), |t| format!("{:.2}", t.as_secs_f64()));
         format!(
             "{:5} {:8} {:7.0} MB {:8.2} Mb/s x{:<3} at {:7.1} criu {:6.2} target {:>7} deadline {:>8} {} {:6?} | \
-             {:2} its {:<22} {:8.3} s finish {:8.2} | best {:8.3} after {:2}, first {:8.2}, earliest {:8.2} off {:.2}",
+             {:2} its {:<22} {:8.3} s finish {:8.2} | best {:8.3} after {:2}, first {:8.2}, earliest {:8.2} off {:.2} limit {}",
             self.seed,
             work.kind,
             work.memory / 1e6,
@@ -123,12 +150,15 @@ impl Case {
             self.stops[1].downtime,
             self.stops[0].finish,
             self.run.off,
+            show(self.goals.freeze_limit),
         )
     }
 }
 
 fn lowest(stops: &[Stop]) -> f64 {
-    stops.iter().fold(f64::INFINITY, |low, stop| low.min(stop.downtime))
+    stops
+        .iter()
+        .fold(f64::INFINITY, |low, stop| low.min(stop.downtime))
 }
 
 fn world(rng: &mut Rng, kind: u64) -> World {
@@ -223,33 +253,138 @@ fn workload(rng: &mut Rng, kind: u64, memory: f64, link: f64) -> Workload {
     workload
 }
 
-fn table(title: &str, cases: &[&Case]) -> String {
-    let lines: Vec<String> = cases.iter().take(14).map(|case| case.line()).collect();
-    format!("{title}: {}\n{}\n", cases.len(), lines.join("\n"))
+/// All cases, and those that are not as they should be, the worst first.
+struct Verdict<'a> {
+    judged: usize,
+    far: Vec<&'a Case>,
+    deadlines: usize,
+    late: Vec<&'a Case>,
+    reachable: usize,
+    unmet: Vec<&'a Case>,
+}
+
+impl<'a> Verdict<'a> {
+    fn of(cases: &'a [Case]) -> Self {
+        let mut far: Vec<&Case> = cases
+            .iter()
+            .filter(|case| case.ratio() > Some(CLOSE))
+            .collect();
+        far.sort_by(|a, b| b.ratio().partial_cmp(&a.ratio()).expect("numbers"));
+        let mut reachable: Vec<&Case> = cases.iter().collect();
+        reachable.retain(|case| case.misses_target().is_some());
+        Self {
+            judged: cases.iter().filter_map(Case::ratio).count(),
+            far,
+            deadlines: cases
+                .iter()
+                .filter(|case| case.deadline_could_be_met())
+                .count(),
+            late: cases.iter().filter(|case| case.misses_deadline()).collect(),
+            reachable: reachable.len(),
+            unmet: reachable
+                .into_iter()
+                .filter(|case| case.misses_target() == Some(true))
+                .collect(),
+        }
+    }
+}
+
+impl fmt::Display for Verdict<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (title, count, cases) in [
+            ("far from the best stop", self.judged, &self.far),
+            ("deadline missed", self.deadlines, &self.late),
+            ("target missed", self.reachable, &self.unmet),
+        ] {
+            writeln!(f, "{title}: {} of {count}", cases.len())?;
+            for case in cases.iter().take(20) {
+                writeln!(f, "{}", case.line())?;
+            }
+        }
+        Ok(())
+    }
 }
 
 #[test]
 fn over_hundreds_of_worlds_the_policy_stops_near_the_best_moment() {
-    let cases: Vec<Case> = (0..WORLDS).map(Case::new).collect();
+    let cases: Vec<Case> = (0..1200).map(Case::new).collect();
+    let verdict = Verdict::of(&cases);
+    println!("{verdict}");
+    // That there is something to judge.
+    assert!(verdict.judged >= 900 && verdict.deadlines >= 300 && verdict.reachable >= 150);
+    assert!(
+        verdict.far.len() * 20 <= verdict.judged,
+        "more than 5 % are far off"
+    );
+    assert!(verdict.late.is_empty(), "a deadline was missed");
+    assert!(
+        verdict.unmet.len() * 20 <= verdict.reachable,
+        "more than 5 % of targets missed"
+    );
+}
 
-    let mut judged: Vec<(f64, &Case)> = cases
+/// Over many more, one deadline in two hundred may be missed: by a link that halves after the freeze,
+/// a burst in its last moments, a stop that meets it by less than a hundredth.
+#[test]
+#[ignore = "20,000 worlds take half a minute"]
+fn over_thousands_of_worlds_too() {
+    let cases: Vec<Case> = (10_000..30_000).map(Case::new).collect();
+    let verdict = Verdict::of(&cases);
+    println!("{verdict}");
+    assert!(
+        verdict.far.len() * 20 <= verdict.judged,
+        "more than 5 % are far off"
+    );
+    assert!(
+        verdict.late.len() * 200 <= verdict.deadlines,
+        "deadlines were missed"
+    );
+    assert!(
+        verdict.unmet.len() * 20 <= verdict.reachable,
+        "more than 5 % of targets missed"
+    );
+}
+
+#[test]
+fn predicted_downtimes_are_near_the_real_ones() {
+    let cases: Vec<Case> = (0..1200).map(Case::new).collect();
+    let mut off: Vec<f64> = cases
         .iter()
-        .filter_map(|case| Some((case.ratio()?, case)))
+        .filter(|case| case.run.stop.is_some())
+        .map(|case| case.run.off)
         .collect();
-    judged.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let far: Vec<&Case> = judged.iter().filter(|(ratio, _)| *ratio > CLOSE).map(|(_, case)| *case).collect();
-    let missed: Vec<&Case> = cases.iter().filter(|case| case.misses_deadline()).collect();
-    let reachable: Vec<&Case> = cases.iter().filter(|case| case.misses_target().is_some()).collect();
-    let unmet: Vec<&Case> = reachable.iter().copied().filter(|case| case.misses_target() == Some(true)).collect();
+    off.sort_by(f64::total_cmp);
+    let quantile = |percent: usize| off[off.len() * percent / 100];
+    println!(
+        "predicted by real: {:.2} {:.2} {:.2}",
+        quantile(5),
+        quantile(50),
+        quantile(95)
+    );
+    assert!(quantile(10) > 0.75 && quantile(90) < 1.25);
+}
 
-    for (name, with) in [("no deadline", 0), ("samples", 1), ("none", 2)] {
-        let group = |case: &&Case| {
-            with == match (case.goals.deadline, case.samples) { (None, _) => 0, (_, true) => 1, _ => 2 }
-        };
-        println!("{name}: {} of {} far", far.iter().copied().filter(group).count(), judged.iter().map(|(_, case)| *case).filter(group).count());
-    }
-    println!("{} judged, {} reachable targets", judged.len(), reachable.len());
-    println!("{}", table("far from the best stop", &far));
-    println!("{}", table("deadlines missed", &missed));
-    println!("{}", table("targets missed", &unmet));
+/// The cost of the policy's patience: it must not reach its downtimes by iterating for ever.
+#[test]
+fn few_iterations_are_made_in_vain() {
+    let mut cases: Vec<Case> = (0..1200).map(Case::new).collect();
+    cases.retain(|case| case.goals.deadline.is_none() && case.goals.downtime.is_none());
+    let vain = |case: &Case| {
+        // Iterations after the first that was nearly as good as the stop.
+        let stop = case.run.stop.map_or(0.0, |stop| stop.downtime);
+        let first = case.stops[1..]
+            .iter()
+            .find(|other| other.downtime <= stop * 1.1);
+        first.map_or(0, |first| {
+            case.run.iterations.saturating_sub(first.iterations)
+        })
+    };
+    let total: u32 = cases.iter().map(vain).sum();
+    let mean = f64::from(total) / cases.len() as f64;
+    let made: u32 = cases.iter().map(|case| case.run.iterations).sum();
+    println!(
+        "{mean:.2} in vain, {:.2} made",
+        f64::from(made) / cases.len() as f64
+    );
+    assert!(mean <= 1.5);
 }
