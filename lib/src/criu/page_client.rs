@@ -1,4 +1,4 @@
-//! The driver of [`PageServer`](super::page_server::PageServer): reads CRIU's memory from a socket.
+//! The driver of [`PageServer`]: reads CRIU's memory from a socket.
 //!
 //! One thread calls [`serve`] while another one sits in [`Worker::dump`](super::Worker::dump). Page
 //! data is copied once, by the kernel, from the socket to the buffer that the sink gets.
