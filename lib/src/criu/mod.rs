@@ -21,6 +21,8 @@ pub mod causes;
 mod error;
 mod log;
 pub mod options;
+pub mod page_client;
+pub mod page_server;
 pub mod rpc;
 mod stage;
 #[cfg(test)]

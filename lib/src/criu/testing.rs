@@ -71,14 +71,21 @@ impl Tree {
         self.pid.as_raw_pid().cast_unsigned()
     }
 
-    /// Whether it runs: its counter moves within a while.
+    /// Whether it runs: its counter moves within a few seconds.
     pub(super) fn counts(&self) -> bool {
-        let read = || fs::read(self.directory.path().join("counter")).unwrap_or_default();
-        let before = read();
+        let before = self.counter();
+        eventually(|| self.counter() != before)
+    }
+
+    /// Whether it does not run: its counter stays for what is many steps of it.
+    pub(super) fn stands_still(&self) -> bool {
+        let before = self.counter();
         thread::sleep(Duration::from_millis(400));
-        let after = read();
-        // Empty is the moment between truncating and writing.
-        !after.is_empty() && after != before
+        self.counter() == before
+    }
+
+    fn counter(&self) -> Vec<u8> {
+        fs::read(self.directory.path().join("counter")).unwrap_or_default()
     }
 
     /// Whether there is such a process that is no zombie.
