@@ -43,6 +43,7 @@
 //!         layout: Layout::Incremental,
 //!         max_set_bytes: None,
 //!         keep: 0,
+//!         restore: None,
 //!         identity: None,
 //!         peers: Vec::new(),
 //!         transport: Options::default(),

@@ -230,7 +230,7 @@ impl From<&SessionError> for Exit {
             SessionError::Content(_) | SessionError::Root | SessionError::Changed(_) => {
                 Self::Content
             }
-            SessionError::Silent(_) => Self::Connection,
+            SessionError::Silent(_) | SessionError::FreezeLimit(_) => Self::Connection,
         }
     }
 }

@@ -23,6 +23,7 @@ pub(crate) async fn run(args: RecvArgs) -> Result<(), Failed> {
         layout: args.layout.into(),
         max_set_bytes: args.max_bytes.map(|bytes| bytes.0),
         keep: args.keep,
+        restore: None,
         identity: key::of_destination(args.identity.as_deref())?,
         peers: args.peer.clone(),
         transport: args.transport.to_options(),

@@ -367,6 +367,27 @@ impl CriuOptions {
 }
 
 impl CgroupMode {
+    const WORDS: [(Self, &str); 6] = [
+        (Self::Ignore, "ignore"),
+        (Self::None, "none"),
+        (Self::Props, "props"),
+        (Self::Soft, "soft"),
+        (Self::Full, "full"),
+        (Self::Strict, "strict"),
+    ];
+
+    /// CRIU's word for it.
+    pub fn as_str(self) -> &'static str {
+        let found = Self::WORDS.iter().find(|(mode, _)| *mode == self);
+        found.map_or("soft", |(_, word)| word)
+    }
+
+    /// The mode that CRIU calls `word`.
+    pub fn named(word: &str) -> Option<Self> {
+        let found = Self::WORDS.iter().find(|(_, known)| *known == word);
+        found.map(|(mode, _)| *mode)
+    }
+
     fn number(self) -> rpc::CgMode {
         match self {
             Self::Ignore => rpc::CgMode::Ignore,

@@ -11,8 +11,8 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-pub(crate) use spawn::pass_descriptors;
 pub(crate) use scan::{Region, Wanted, category, pagemap_scan, same_memory};
+pub(crate) use spawn::pass_descriptors;
 
 /// A file of our own, mapped read-only.
 #[derive(Debug)]

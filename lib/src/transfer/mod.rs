@@ -4,10 +4,13 @@
 
 mod assemble;
 mod chain;
+mod clock;
+mod costs;
 mod error;
 mod event;
 mod files;
 mod memo;
+pub mod migrate;
 mod pack;
 mod plan;
 mod recv;
@@ -15,7 +18,7 @@ mod send;
 
 pub use error::TransferError;
 pub use event::{Event, Events, Received};
-pub use recv::{ReceiveOptions, Receiver};
+pub use recv::{ReceiveOptions, Receiver, RestoreHost};
 pub use send::{SendOptions, SendReport, Target, send};
 
 /// Name and version of this program, as told to the peer.

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use self::serve::serve;
 use super::TransferError;
 use super::event::{Event, Events};
+use crate::hooks::Hooks;
 use crate::identity::Fingerprint;
 use crate::store::{ServingLock, Store};
 use crate::ticket::{Secret, Ticket};
@@ -37,12 +38,25 @@ pub struct ReceiveOptions {
     pub keep: u64,
     /// This host's key. Without one a key is made and kept in the directory.
     pub identity: Option<Identity>,
+    /// Process trees may come and run here; without it only images are received.
+    pub restore: Option<RestoreHost>,
     /// The keys that may send. Without any, whoever has the ticket may.
     pub peers: Vec<Fingerprint>,
     /// Settings of the connections.
     pub transport: transport::Options,
     /// Who is told what happens.
     pub events: Events,
+}
+
+/// How trees are restored on this host.
+#[derive(Clone, Debug)]
+pub struct RestoreHost {
+    /// The program CRIU.
+    pub program: PathBuf,
+    /// A file of CRIU options for this host; it wins over what the source asks for.
+    pub config_file: Option<PathBuf>,
+    /// Commands at named moments.
+    pub hooks: Hooks,
 }
 
 /// A receiving directory with an open socket.
@@ -61,6 +75,7 @@ struct Shared {
     layout: Layout,
     max_set_bytes: Option<u64>,
     keep: u64,
+    restore: Option<RestoreHost>,
     secret: Option<Secret>,
     pinned: bool,
     events: Events,
@@ -104,6 +119,7 @@ impl Receiver {
             layout: options.layout,
             max_set_bytes: options.max_set_bytes,
             keep: options.keep,
+            restore: options.restore,
             secret,
             pinned,
             events: options.events,

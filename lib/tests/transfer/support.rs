@@ -38,6 +38,7 @@ pub(crate) fn receive_options(dir: &Path, layout: Layout) -> ReceiveOptions {
         layout,
         max_set_bytes: None,
         keep: 0,
+        restore: None,
         identity: None,
         peers: Vec::new(),
         transport: transport::Options::default(),

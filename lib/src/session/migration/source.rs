@@ -226,6 +226,11 @@ impl MigrationSource {
         Ok(())
     }
 
+    /// The number of the iteration that was begun last, the final one included.
+    pub fn iteration(&self) -> u32 {
+        self.iteration
+    }
+
     /// The next iteration is put on the stream now; gives its number.
     ///
     /// # Panics

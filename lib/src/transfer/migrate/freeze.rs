@@ -177,18 +177,18 @@ pub(super) fn freeze(
     };
     let (page, number) = (job.page, job.number);
     let memory = Memory {
+        tell: tell.clone(),
         outgoing,
         stream,
         number,
         clock,
         compared: Compared::default(),
         records: Vec::new(),
-        began: None,
+        has_begun: false,
     };
-    let tell_memory = tell.clone();
     std::thread::Builder::new()
         .name("memory".to_owned())
-        .spawn(move || take_memory(memory, socket, page, tell_memory))?;
+        .spawn(move || take_memory(memory, socket, page))?;
     std::thread::Builder::new()
         .name("dump".to_owned())
         .spawn(move || dump(&job, worker, &verdicts, clock, &tell))?;
@@ -211,8 +211,7 @@ fn dump(
             })
         };
         let (images, work) = (open(&job.images)?, open(&job.work)?);
-        let mut options =
-            DumpOptions::new(job.pid, images.as_fd(), work.as_fd(), job.criu.clone());
+        let mut options = DumpOptions::new(job.pid, images.as_fd(), work.as_fd(), job.criu.clone());
         options.page_server = true;
         worker.dump(&options, &mut |stage, _| match stage {
             Stage::PreDump => {
@@ -239,27 +238,17 @@ fn dump(
 }
 
 fn take_memory(
-    mut memory: Memory,
+    mut memory: Memory<impl Fn(Moment)>,
     mut socket: std::os::unix::net::UnixStream,
     page: PageSize,
-    tell: impl Fn(Moment) + Send + 'static,
 ) {
-    let began = {
-        let tell = std::sync::Arc::new(tell);
-        memory.began = Some(Box::new({
-            let tell = tell.clone();
-            move |at_ns| tell(Moment::MemoryBegins { at_ns })
-        }));
-        tell
-    };
     let served = page_client::serve(&mut socket, page, &mut memory);
+    // CRIU must not wait for a socket that nobody reads.
+    drop(socket);
     let result = served
         .map(|_| memory.compared)
         .map_err(|error| error.to_string());
-    // Closed here: CRIU must not wait for a socket that nobody reads.
-    drop(socket);
-    memory.began = None;
-    began(Moment::MemoryEnds {
+    (memory.tell)(Moment::MemoryEnds {
         at_ns: memory.clock.now_ns(),
         outgoing: Box::new(memory.outgoing),
         result,
@@ -267,20 +256,23 @@ fn take_memory(
 }
 
 /// Where CRIU's memory goes.
-struct Memory {
+struct Memory<T> {
+    tell: T,
     outgoing: Outgoing,
     stream: RecordStream,
     number: u32,
     clock: Clock,
     compared: Compared,
     records: Vec<Record>,
-    began: Option<Box<dyn Fn(u64)>>,
+    has_begun: bool,
 }
 
-impl PageSink for Memory {
+impl<T: Fn(Moment)> PageSink for Memory<T> {
     fn open(&mut self, space: PagemapName) -> Result<bool, SinkError> {
-        if let Some(began) = self.began.take() {
-            began(self.clock.now_ns());
+        if !std::mem::replace(&mut self.has_begun, true) {
+            (self.tell)(Moment::MemoryBegins {
+                at_ns: self.clock.now_ns(),
+            });
             self.outgoing.begin(self.number, true, &mut self.records);
         }
         self.outgoing.open_dumped(space, &mut self.records);

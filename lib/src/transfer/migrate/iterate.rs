@@ -45,7 +45,9 @@ pub(super) fn iterate(
         }
     })?;
     outgoing.end(&mut records);
-    let _ = stream.put(number, &mut records).and_then(|()| stream.drained());
+    let _ = stream
+        .put(number, &mut records)
+        .and_then(|()| stream.drained());
     Ok(Scanned {
         pass,
         compared,

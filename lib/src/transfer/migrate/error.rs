@@ -1,0 +1,97 @@
+use std::path::PathBuf;
+
+use crate::criu::CriuError;
+use crate::hooks::HookError;
+use crate::live::LiveError;
+use crate::precopy::Why;
+use crate::preflight::{Check, Outcome, PreflightError};
+use crate::session::SessionError;
+use crate::session::migration::Owner;
+use crate::transfer::TransferError;
+
+/// Why a migration did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// Connection or session.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    /// The tree cannot be looked at.
+    #[error(transparent)]
+    Survey(#[from] PreflightError),
+    /// A check failed: nothing was touched.
+    #[error("preflight: {}", failed(.0))]
+    Preflight(Vec<Check>),
+    /// The running tree cannot be read.
+    #[error(transparent)]
+    Live(#[from] LiveError),
+    /// CRIU's part failed here.
+    #[error(transparent)]
+    Criu(#[from] CriuError),
+    /// The memory that CRIU dumped could not be passed on.
+    #[error("the memory of the dump could not be passed on: {0}")]
+    Memory(String),
+    /// A command of the operator's failed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    /// The goals cannot be met.
+    #[error("given up: {0}")]
+    GivenUp(Why),
+    /// The operator stopped it.
+    #[error("stopped")]
+    Stopped,
+    /// A directory for the dump.
+    #[error("cannot use {} for the dump: {source}", path.display())]
+    Work {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+impl From<SessionError> for MigrateError {
+    fn from(error: SessionError) -> Self {
+        Self::Transfer(error.into())
+    }
+}
+
+/// The checks that failed, with what to do.
+fn failed(checks: &[Check]) -> String {
+    let failed = checks
+        .iter()
+        .filter(|check| check.outcome == Outcome::Failed);
+    let each = failed.map(|check| format!("{}: {}; {}", check.name, check.found, check.advice));
+    each.collect::<Vec<_>>().join("\n  ")
+}
+
+/// A migration that failed, and what became of the workload.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}\n{}", self.fate())]
+pub struct MigrateFailure {
+    /// Why.
+    pub error: MigrateError,
+    /// Whose the workload is.
+    pub owner: Owner,
+    /// Nothing was frozen or sent yet.
+    pub untouched: bool,
+    /// The destination has said that nothing is left there.
+    pub destination_is_clean: bool,
+}
+
+impl MigrateFailure {
+    fn fate(&self) -> &'static str {
+        match (self.owner, self.untouched, self.destination_is_clean) {
+            (Owner::Source, true, _) => "the workload runs on here; nothing was touched",
+            (Owner::Source, false, true) => {
+                "the workload runs on here; the destination has removed what came"
+            }
+            (Owner::Source, false, false) => {
+                "the workload runs on here; the destination removes what came when it notices that this side is gone"
+            }
+            (Owner::InDoubt, ..) => {
+                "the destination was told to go on and has not answered: look there before anything is started again"
+            }
+            (Owner::Destination, ..) => "the workload runs at the destination",
+        }
+    }
+}
