@@ -62,6 +62,15 @@ pub enum Event {
     Storing,
     /// A set is visible.
     Received(Received),
+    /// A process tree has come and runs.
+    Restored {
+        /// Name of the migration.
+        name: String,
+        /// Its root process.
+        pid: u32,
+        /// From where.
+        address: SocketAddr,
+    },
     /// A transfer ended early (on a destination, which goes on).
     Failed {
         /// From where.

@@ -528,9 +528,11 @@ impl<'a> Driver<'a> {
                 }
                 Moment::Held { at_ns } => {
                     self.phase("dump the rest", from, at_ns);
+                    let took = Duration::from_nanos(at_ns.saturating_sub(self.freezing_ns));
+                    costs::learn_dump(self.survey.facts.tree.memory_bytes, took);
                     held = true;
                 }
-                Moment::Ended { result, .. } => return Err(ended(result)),
+                Moment::Ended { result } => return Err(ended(result)),
             }
         }
         if let Some(hook) = hook {
@@ -630,7 +632,7 @@ impl<'a> Driver<'a> {
         let ended = tokio::time::timeout(RESUME_TIME, async {
             loop {
                 match self.moment().await {
-                    Ok(Moment::Ended { result, .. }) => {
+                    Ok(Moment::Ended { result }) => {
                         return result.err().map(|it| it.to_string());
                     }
                     Ok(_) => {}
@@ -836,7 +838,7 @@ impl<'a> Driver<'a> {
                         self.events = passed_over;
                         return Ok(found);
                     }
-                    Err(Event::Freeze(Moment::Ended { result, .. })) if self.frozen.is_some() => {
+                    Err(Event::Freeze(Moment::Ended { result })) if self.frozen.is_some() => {
                         return Err(ended(result));
                     }
                     Err(other) => passed_over.push_back(other),

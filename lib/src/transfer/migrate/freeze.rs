@@ -40,10 +40,7 @@ pub(super) enum Moment {
     /// All images are written; the tree stays frozen until [`Frozen::end`].
     Held { at_ns: u64 },
     /// CRIU has ended: the tree is gone, or runs on.
-    Ended {
-        at_ns: u64,
-        result: Result<(), CriuError>,
-    },
+    Ended { result: Result<(), CriuError> },
 }
 
 /// A place for the images of one dump; removed with this, except for logs where CRIU failed.
@@ -231,10 +228,7 @@ fn dump(
         })
     };
     let result = run(&mut worker).map(drop);
-    tell(Moment::Ended {
-        at_ns: clock.now_ns(),
-        result,
-    });
+    tell(Moment::Ended { result });
 }
 
 fn take_memory(
