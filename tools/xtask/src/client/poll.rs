@@ -185,7 +185,7 @@ impl Asker {
             by,
         };
         note(
-            if id % 4 == 0 {
+            if id.is_multiple_of(4) {
                 &self.service
             } else {
                 &self.direct
