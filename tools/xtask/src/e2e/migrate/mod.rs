@@ -2,6 +2,7 @@
 
 mod programs;
 mod trouble;
+mod zdtm;
 
 use std::fs;
 use std::path::Path;
@@ -26,6 +27,7 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
     }
     programs::cases(context, report);
     trouble::cases(context, report);
+    zdtm::cases(context, report);
 }
 
 /// A place for the destination's files, and the commands of both hosts.
