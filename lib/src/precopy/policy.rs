@@ -179,7 +179,8 @@ impl Policy {
         };
         let downtime = self.outlook().downtime_at(self.reads.now, Care::Expected);
         let limit = limit.as_secs_f64();
-        let can_wait = why == Why::Deadline && self.left() > 0;
+        let patient = self.goals.deadline.is_some() || self.goals.on_slow == OnSlow::Wait;
+        let can_wait = patient && why != Why::TargetReached && self.left() > 0;
         if can_wait && downtime * LIMIT_DOUBT > limit {
             Decision::Again
         } else if downtime > limit {
