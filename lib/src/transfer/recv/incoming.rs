@@ -12,7 +12,7 @@ use crate::transfer::TransferError;
 use crate::transfer::clock::nanos;
 use crate::transport::{BulkReceiver, Connection, TransportError};
 use crate::wire::{
-    FrameHeader, HEADER_LEN, Op, RecordKind, StreamNote, WireError, decode_ops, limits,
+    FrameHeader, HEADER_LEN, Op, RecordKind, StreamNote, WireError, decode_page_ops, limits,
 };
 
 /// Records that were read and wait for being written: 8 MiB.
@@ -93,7 +93,7 @@ async fn read_frame(stream: &mut BulkReceiver) -> Result<Record, TransferError> 
     whole(stream.read_exact(&mut head).await?)?;
     let header = FrameHeader::decode(&head).map_err(SessionError::from)?;
     let ops = stream.read_vec(header.ops_len as usize).await?;
-    let ops = decode_ops(&ops).map_err(SessionError::from)?;
+    let ops = decode_page_ops(&ops).map_err(SessionError::from)?;
     let payload = stream.read_vec(header.payload_len as usize).await?;
     Ok(Record::Frame(header, ops, payload.into()))
 }
