@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -125,7 +126,9 @@ fn check(what: &str, workload: &Workload, options: &[&str], restless: usize) {
             dumped.len()
         );
         assert!(found.missed.is_empty() && found.too_many.is_empty());
-        assert!(changed <= restless, "{changed} pages changed");
+        // The kernel writes the CPU that a thread runs on (rseq) when CRIU makes it run.
+        let threads: usize = last.tasks.iter().map(|task| task.threads.len()).sum();
+        assert!(changed <= restless + threads, "{changed} pages changed");
     }
 }
 
@@ -185,13 +188,7 @@ fn a_memcached_is_what_criu_dumps() {
         eprintln!("skipped: there is no memcached");
         return;
     };
-    for _ in 0..100 {
-        if socket.exists() {
-            break;
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
-    let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    let mut stream = connected(&socket);
     for key in 0..500 {
         let value = vec![u8::try_from(key % 251).unwrap(); 100_000];
         write!(stream, "set k{key} 0 0 {}\r\n", value.len()).unwrap();
@@ -204,4 +201,70 @@ fn a_memcached_is_what_criu_dumps() {
     drop(stream);
     // Its clock ticks.
     check("memcached", &workload, &[], 16);
+}
+
+#[test]
+fn a_redis_is_what_criu_dumps() {
+    if !has_criu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let path = socket.to_str().unwrap();
+    let arguments = ["--port", "0", "--save", "", "--unixsocket", path];
+    let Some(workload) = Workload::program("redis-server", &arguments) else {
+        eprintln!("skipped: there is no redis-server");
+        return;
+    };
+    let mut stream = connected(&socket);
+    for key in 0..2000 {
+        let value = "v".repeat(10_000 + key);
+        write!(stream, "SET k{key} {value}\r\n").unwrap();
+        let mut answer = [0; 5];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"+OK\r\n");
+    }
+    drop(stream);
+    // Its clock and statistics, ten times a second.
+    check("redis", &workload, &[], 100);
+}
+
+#[test]
+fn an_nginx_with_its_workers_is_what_criu_dumps() {
+    if !has_criu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let configuration = dir.path().join("nginx.conf");
+    let text = format!(
+        "user root; daemon off; worker_processes 3; pid {dir}/pid; error_log /dev/null;
+         events {{}} http {{ access_log off; limit_req_zone $uri zone=z:10m rate=9r/s;
+         client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
+         uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
+         server {{ listen unix:{dir}/socket; location / {{ limit_req zone=z; return 200; }} }} }}",
+        dir = dir.path().display()
+    );
+    fs::write(&configuration, text).unwrap();
+    let arguments = ["-e", "/dev/null", "-c", configuration.to_str().unwrap()];
+    let Some(workload) = Workload::program("nginx", &arguments) else {
+        eprintln!("skipped: there is no nginx");
+        return;
+    };
+    let mut stream = connected(&socket);
+    let request = "GET / HTTP/1.0\r\n\r\n";
+    stream.write_all(request.as_bytes()).unwrap();
+    stream.read_to_end(&mut Vec::new()).unwrap();
+    check("nginx", &workload, &[], 0);
+}
+
+/// A connection to a server that may still be starting.
+fn connected(socket: &Path) -> UnixStream {
+    for _ in 0..500 {
+        if let Ok(stream) = UnixStream::connect(socket) {
+            return stream;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    panic!("no answer at {}", socket.display());
 }
