@@ -17,7 +17,9 @@ fn main() {
     let root = given(0).and_then(|pid| u32::try_from(pid).ok());
     let fallback = std::env::var("LIVE_METHOD").is_ok_and(|method| method == "pagemap");
     let options = ReaderOptions {
-        bytes_per_s: given(2).filter(|&rate| rate > 0).map(|rate| rate * 1_000_000),
+        bytes_per_s: given(2)
+            .filter(|&rate| rate > 0)
+            .map(|rate| rate * 1_000_000),
         method: fallback.then_some(Method::Pagemap),
         ..ReaderOptions::default()
     };
