@@ -503,12 +503,13 @@ impl Gatherer {
     }
 }
 
-/// Ranges that touch each other as one: fewer calls of the kernel.
+/// Ranges that touch each other as one: fewer calls of the kernel. Where two mappings became one
+/// while `maps` was read, the second is listed with the first inside it.
 fn joined(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut joined: Vec<Range<u64>> = Vec::new();
     for range in ranges {
         match joined.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
             _ => joined.push(range.clone()),
         }
     }
@@ -521,4 +522,39 @@ fn joined(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
 )]
 fn now() -> Instant {
     Instant::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A redis that unmapped memory during a pass made chunks go back: the kernel lists what
+    /// there is when each piece of `maps` is read.
+    #[test]
+    fn mappings_that_were_listed_twice_are_read_once() {
+        let listed = [1..3, 3..5, 2..8, 9..10, 4..6, 12..13];
+        assert_eq!(joined(&listed), [1..8, 9..10, 12..13]);
+        assert_eq!(joined(&[1..9, 2..4, 9..10]), std::slice::from_ref(&(1..10)));
+    }
+
+    #[test]
+    fn pieces_are_gathered_by_block() {
+        let page = PageSize::new(4096).unwrap();
+        let mut gatherer = Gatherer::new(page);
+        let mut blocks = Vec::new();
+        let at = |number: u64| number * page.bytes();
+        for (start, end) in [(1, 3), (3, 4), (10, 300), (700, 701)] {
+            gatherer.add(at(start)..at(end), &mut |pieces| {
+                blocks.push(pieces);
+                true
+            });
+        }
+        blocks.push(gatherer.pieces);
+        let expected = [
+            vec![at(1)..at(4), at(10)..at(256)],
+            Vec::from_iter([at(256)..at(300)]),
+            Vec::from_iter([at(700)..at(701)]),
+        ];
+        assert_eq!(blocks, expected);
+    }
 }
