@@ -533,8 +533,7 @@ mod tests {
 
     use super::*;
 
-    /// A redis that unmapped memory during a pass made chunks go back: the kernel lists what
-    /// there is when each piece of `maps` is read.
+    /// The kernel lists what there is when each piece of `maps` is read.
     #[test]
     fn mappings_that_were_listed_twice_are_read_once() {
         let listed = [1..3, 3..5, 2..8, 9..10, 4..6, 12..13];
