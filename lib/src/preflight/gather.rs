@@ -13,6 +13,7 @@ use super::survey::{
     Choices, Deleted, Process, Supervisor, Survey, container_of, docker_id, is_user_manager,
     restarts_children, unit_of,
 };
+use super::unix::peers_outside;
 
 /// What keeps the source from looking at its tree.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +76,11 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
     let supervisor = supervisor(root, &tree, &all);
     let mut host = this_host();
     host.criu = criu_version(&choices.criu);
+    let unix_peers = if reading.tree.own_net_namespace {
+        Vec::new()
+    } else {
+        peers_outside(&reading.inodes)
+    };
     let (in_flight, nftables) = (reading.sockets(), has_nftables(&choices.criu));
     Ok(Survey {
         facts: Facts {
@@ -92,6 +98,7 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
         shares_ipc: same_namespace(root, "ipc"),
         supervisor,
         in_flight,
+        unix_peers,
     })
 }
 

@@ -30,6 +30,7 @@ mod memory;
 mod procfs;
 mod source;
 mod survey;
+mod unix;
 
 #[cfg(any(test, feature = "testing"))]
 pub use check::sample_checks;
@@ -42,3 +43,4 @@ pub use found::Place;
 pub use gather::{PreflightError, gather};
 pub use source::check_source;
 pub use survey::{Choices, Deleted, Process, Supervisor, Survey};
+pub use unix::UnixPeer;
