@@ -41,5 +41,5 @@ macro_rules! targets {
 }
 
 targets! {
-    image_framing pagemap inventory wire_message page_frame ticket store_index session
+    image_framing pagemap inventory wire_message page_frame ticket store_index session page_stream
 }
