@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crxfer_proto::criu::rpc::{Features, Opts, Req, ReqType, Resp};
@@ -73,8 +73,8 @@ pub struct Restored {
 /// All calls block. Another thread ends them with a [`Canceller`]; [`Worker::set_deadline`] ends them
 /// by time. Both close the socket for sending, which CRIU takes for a refusal at the next stage: a
 /// dumped tree resumes, a half-made copy is killed. **CRIU only looks at its socket at a stage.**
-/// While it writes memory to a page server, close that socket as well, then it stops at once. What
-/// does not end within 3 s is killed.
+/// While it sends memory it notices that socket's end instead: name it with
+/// [`Worker::end_with`]. What does not end within 3 s is killed.
 ///
 /// Once the caller went on at [`Stage::PostDump`] or [`Stage::PostRestore`] the deadline is off: the
 /// tree is being given up or let run, and nobody could say any more which of the two happened.
@@ -108,6 +108,8 @@ struct Shared {
     socket: OwnedFd,
     /// Of a process that is not reaped while anybody can signal it: a pidfd never names another one.
     process: OwnedFd,
+    /// Our end of the socket for memory.
+    memory: OnceLock<OwnedFd>,
     cancelled: AtomicBool,
 }
 
@@ -138,6 +140,9 @@ impl Shared {
     /// CRIU reads end of file at its next stage, but can still send its answer.
     fn refuse_further(&self) {
         let _ = shutdown(&self.socket, Shutdown::Write);
+        if let Some(memory) = self.memory.get() {
+            let _ = shutdown(memory, Shutdown::Both);
+        }
     }
 
     fn kill(&self) {
@@ -210,6 +215,7 @@ impl Worker {
             shared: Arc::new(Shared {
                 socket: ours,
                 process,
+                memory: OnceLock::new(),
                 cancelled: AtomicBool::new(false),
             }),
             output: own_output.then_some(output),
@@ -242,6 +248,12 @@ impl Worker {
     /// When the calls that follow are given up; see [`Worker`] for how. `None`, the default, is never.
     pub fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;
+    }
+
+    /// Also shuts `memory` down when a call is given up: a duplicate of our end of the socket for
+    /// memory. A CRIU that waits for us to read then fails its dump and resumes the tree at once.
+    pub fn end_with(&mut self, memory: OwnedFd) {
+        let _ = self.shared.memory.set(memory);
     }
 
     /// Kills the worker at once, as [`Canceller::kill`].
@@ -300,15 +312,21 @@ impl Worker {
 
     /// One iteration of CRIU's own pre-copy; the tree is frozen only while pages are collected.
     ///
-    /// Only where [`Probe::mem_track`] says so: without soft-dirty some versions of CRIU end here on
-    /// an assertion. CRIU has no stages in a pre-dump.
+    /// [Probed](Self::probe) before if it was not yet: without soft-dirty some versions of CRIU end
+    /// here on an assertion. CRIU has no stages in a pre-dump.
     pub fn pre_dump(&mut self, options: &PreDumpOptions<'_>) -> Result<DumpOutcome, CriuError> {
+        let probe = match self.probe {
+            Some(probe) => probe,
+            None => self.probe()?,
+        };
+        if !probe.mem_track {
+            return Err(CriuError::NoSoftDirty);
+        }
         if options.page_server {
             self.check_socket()?;
         }
         // Since 3.17; the older request keeps the worker waiting for more, which drop ends.
-        let single = self.probe.is_some_and(|probe| probe.version >= (3, 17, 0));
-        let request = if single {
+        let request = if probe.version >= (3, 17, 0) {
             ReqType::SinglePreDump
         } else {
             ReqType::PreDump
