@@ -25,6 +25,7 @@ pub mod network_lock;
 pub mod options;
 pub mod page_client;
 pub mod page_server;
+mod process;
 pub mod rpc;
 mod stage;
 #[cfg(test)]
@@ -34,5 +35,6 @@ pub use error::{CriuError, Failure, Operation};
 pub use options::{
     CgroupMode, CriuOptions, DumpOptions, Leave, NetworkLock, PreDumpOptions, RestoreOptions,
 };
-pub use rpc::{Canceller, DumpOutcome, Probe, Restored, Worker};
+pub use process::Canceller;
+pub use rpc::{DumpOutcome, Probe, Restored, Worker};
 pub use stage::{Stage, Verdict};

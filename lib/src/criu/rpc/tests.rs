@@ -3,14 +3,18 @@
 use super::*;
 
 use std::fs;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::thread;
 
 use crate::criu::network_lock::remove_nftables_lock;
 use crate::criu::options::{CriuOptions, Leave, PreDumpOptions};
 use crate::criu::testing::{Tree, criu, eventually};
 use crate::image::Inventory;
+use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 
 /// Two directories, as a dump needs them.
