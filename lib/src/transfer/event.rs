@@ -62,6 +62,15 @@ pub enum Event {
     Storing,
     /// A set is visible.
     Received(Received),
+    /// A workload that was migrated here runs.
+    Restored {
+        /// Name of the migration.
+        name: String,
+        /// Its root process, as seen here.
+        pid: u32,
+        /// Where it came from.
+        address: SocketAddr,
+    },
     /// A transfer ended early (on a destination, which goes on).
     Failed {
         /// From where.
