@@ -1,5 +1,7 @@
 //! The command line: what may be written, and what `--help` teaches.
 
+mod migrate;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -13,13 +15,16 @@ use crxfer::wire::Layout;
 use crate::exit;
 use crate::size::{Bytes, Rate};
 
+pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
+
 const EXAMPLES: &str = "\
 Examples:
-  crxfer recv --dir /var/lib/images           on the destination: prints a ticket
-  crxfer send ./dump --to crxfer1-…           on the source: sends the directory
-  criu restore -D /var/lib/images/dump        on the destination: as with any image directory";
+  crxfer recv --dir /var/lib/images --allow-restore   on the destination: prints a ticket
+  crxfer migrate --pid 4711 --to crxfer1-…            on the source: moves the running program
+  crxfer send ./dump --to crxfer1-…                   or only an image directory that CRIU wrote";
 
-/// Move CRIU image directories between hosts: verified, and without sending what is there already.
+/// Move running programs and CRIU image directories between hosts: verified, and without sending
+/// what is there already.
 #[derive(Debug, Parser)]
 #[command(
     name = "crxfer",
@@ -40,7 +45,8 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    Recv(RecvArgs),
+    Recv(Box<RecvArgs>),
+    Migrate(Box<MigrateArgs>),
     Send(SendArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
@@ -53,16 +59,17 @@ pub(crate) enum Command {
     Man(ManArgs),
 }
 
-/// Receive image directories
+/// Receive image directories and, with --allow-restore, running process trees
 ///
 /// Prints a ticket: one word that names this host's addresses, its key and a secret. Whoever has it
 /// can send here until this command ends. Each set appears at DIR/NAME, complete or not at all.
-/// Runs until it is stopped (Ctrl-C, SIGTERM), or with --once until one set is there.
+/// Runs until it is stopped (Ctrl-C, SIGTERM), or with --once until one set is there, or one
+/// workload runs here.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   crxfer recv --dir /var/lib/images
-  crxfer recv --dir /dev/shm/images --once --layout flat --ticket-file ticket
+  crxfer recv --dir /dev/shm/images --once --ticket-file ticket --allow-restore
   crxfer recv --dir images --listen 192.0.2.7:4433 --identity key.pem --peer crxkey1-…")]
 pub(crate) struct RecvArgs {
     /// Directory that receives: each set becomes a directory in it. Made if it does not exist
@@ -77,7 +84,7 @@ pub(crate) struct RecvArgs {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) ticket_file: Option<PathBuf>,
 
-    /// End after one set (with what it builds on)
+    /// End after one set (with what it builds on), or one workload that runs here
     #[arg(long)]
     pub(crate) once: bool,
 
@@ -106,10 +113,14 @@ pub(crate) struct RecvArgs {
     /// Objects: {"event":"listening","ticket","addresses","fingerprint"} when the socket is ready,
     /// {"event":"received","name","path","generation","layout","base","completeness","unchanged",
     /// "image_bytes","notes"} when a set is visible (name is null for an ancestor that was taken
-    /// along), {"event":"failed","address","error"} when a transfer ended early. Each line is
-    /// written at once.
+    /// along), {"event":"restored","name","pid","address"} when a workload that came from that
+    /// address runs here, {"event":"failed","address","error"} when a transfer ended early. Each line
+    /// is written at once.
     #[arg(long)]
     pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) restore: RestoreArgs,
 
     #[command(flatten)]
     pub(crate) transport: TransportArgs,

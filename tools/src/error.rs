@@ -5,8 +5,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crxfer::image::ImageError;
+use crxfer::preflight::{Check, Outcome};
 use crxfer::store::StoreError;
 use crxfer::transfer::TransferError;
+use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
 use crxfer::transport::IdentityError;
 
 use crate::exit::Exit;
@@ -16,6 +18,8 @@ use crate::exit::Exit;
 pub(crate) enum Failed {
     /// A transfer, or what belongs to one.
     Transfer(TransferError),
+    /// A migration; its checks were printed.
+    Migrate(Box<MigrateFailure>),
     /// An image directory.
     Image(ImageError),
     /// A receiving directory.
@@ -52,6 +56,7 @@ impl Failed {
     pub(crate) fn exit(&self) -> Exit {
         match self {
             Self::Transfer(error) => error.into(),
+            Self::Migrate(failure) => failure.as_ref().into(),
             Self::Image(error) => error.into(),
             Self::Store(error) => error.into(),
             Self::Identity(error) => error.into(),
@@ -68,6 +73,7 @@ impl Failed {
         match self {
             Self::Transfer(TransferError::Store(error)) | Self::Store(error) => error.to_string(),
             Self::Transfer(error) => with_causes(error),
+            Self::Migrate(failure) => migration(failure),
             Self::Image(error) => with_causes(error),
             Self::Identity(error) => with_causes(error),
             Self::File { what, path, source } => {
@@ -80,6 +86,24 @@ impl Failed {
                 .to_owned(),
         }
     }
+}
+
+/// Why it failed, then what became of the workload.
+fn migration(failure: &MigrateFailure) -> String {
+    let text = failure.to_string();
+    let (why, fate) = text.rsplit_once('\n').unwrap_or((&text, ""));
+    let why = match &failure.error {
+        MigrateError::Preflight(checks) => {
+            let failed = |check: &&Check| check.outcome == Outcome::Failed;
+            match checks.iter().filter(failed).count() {
+                1 => "a check failed".to_owned(),
+                count => format!("{count} checks failed"),
+            }
+        }
+        MigrateError::Stopped => why.to_owned(),
+        error => with_causes(error),
+    };
+    format!("{why}; {fate}")
 }
 
 /// An error with its causes, each once: some texts hold their cause already.

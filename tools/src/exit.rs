@@ -4,9 +4,13 @@ use std::fmt::Write as _;
 use std::io;
 
 use crxfer::image::ImageError;
+use crxfer::live::LiveError;
+use crxfer::preflight::PreflightError;
 use crxfer::session::SessionError;
+use crxfer::session::migration::Owner;
 use crxfer::store::StoreError;
 use crxfer::transfer::TransferError;
+use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
 use crxfer::transport::{
     AttemptError, BindError, CloseCode, ConnectError, IdentityError, TransportError,
 };
@@ -26,11 +30,17 @@ pub(crate) enum Exit {
     Content = 8,
     Limit = 9,
     Version = 10,
+    Preflight = 11,
+    GivenUp = 12,
+    Criu = 13,
+    InDoubt = 14,
+    Hook = 15,
+    FreezeLimit = 16,
     Stopped = 130,
 }
 
 impl Exit {
-    const ALL: [(Self, &str); 12] = [
+    const ALL: [(Self, &str); 18] = [
         (Self::Done, "done"),
         (Self::Fault, "a fault of the program"),
         (Self::Usage, "wrong usage"),
@@ -63,6 +73,30 @@ impl Exit {
             Self::Version,
             "the two sides do not understand each other: update the older one",
         ),
+        (
+            Self::Preflight,
+            "migrate: a check failed; nothing was touched",
+        ),
+        (
+            Self::GivenUp,
+            "migrate: given up by --deadline, --on-slow or --max-iterations; the workload runs on here",
+        ),
+        (
+            Self::Criu,
+            "migrate: CRIU failed, here or there; the workload runs on here",
+        ),
+        (
+            Self::InDoubt,
+            "migrate: the destination was told to go on and did not answer: look there first",
+        ),
+        (
+            Self::Hook,
+            "migrate: a hook failed; the workload runs on here",
+        ),
+        (
+            Self::FreezeLimit,
+            "migrate: frozen for --freeze-limit; the workload runs on here",
+        ),
         (Self::Stopped, "stopped by Ctrl-C or SIGTERM"),
     ];
 
@@ -94,6 +128,32 @@ impl From<&TransferError> for Exit {
             TransferError::Session(error) => error.into(),
             TransferError::Store(error) => error.into(),
             TransferError::Cancelled => Self::Stopped,
+        }
+    }
+}
+
+impl From<&MigrateFailure> for Exit {
+    fn from(failure: &MigrateFailure) -> Self {
+        // Whatever led to it: this is what must be looked after first.
+        if failure.owner == Owner::InDoubt {
+            return Self::InDoubt;
+        }
+        match &failure.error {
+            MigrateError::Transfer(TransferError::Session(error)) => Self::of_migration(error),
+            MigrateError::Transfer(error) => error.into(),
+            MigrateError::Survey(PreflightError::NoProcess(_) | PreflightError::Own(_)) => {
+                Self::Usage
+            }
+            MigrateError::Survey(PreflightError::Read { .. }) | MigrateError::Work { .. } => {
+                Self::Storage
+            }
+            MigrateError::Preflight(_) => Self::Preflight,
+            MigrateError::Live(LiveError::RootGone { .. }) => Self::Content,
+            MigrateError::Live(_) => Self::Storage,
+            MigrateError::Criu(_) | MigrateError::Memory(_) => Self::Criu,
+            MigrateError::Hook(_) => Self::Hook,
+            MigrateError::GivenUp(_) => Self::GivenUp,
+            MigrateError::Stopped => Self::Stopped,
         }
     }
 }
@@ -230,12 +290,21 @@ impl From<&SessionError> for Exit {
             SessionError::Content(_) | SessionError::Root | SessionError::Changed(_) => {
                 Self::Content
             }
-            SessionError::Silent(_) | SessionError::FreezeLimit(_) => Self::Connection,
+            SessionError::Silent(_) => Self::Connection,
+            SessionError::FreezeLimit(_) => Self::FreezeLimit,
         }
     }
 }
 
 impl Exit {
+    // Where a tree is moved, what the destination cannot make a tree of is CRIU's failure.
+    fn of_migration(error: &SessionError) -> Self {
+        match error {
+            SessionError::Peer(failure) if failure.code == FailureCode::Image => Self::Criu,
+            error => error.into(),
+        }
+    }
+
     /// For what the other side gave as its reason.
     fn of_peer(code: FailureCode) -> Self {
         match code {

@@ -8,7 +8,9 @@ mod exit;
 mod generate;
 mod inspect;
 mod key;
+mod migrate;
 mod output;
+mod pids;
 mod progress;
 mod recv;
 mod send;
@@ -33,7 +35,7 @@ use self::exit::Exit;
 /// What still runs when `recv` ends (writing, publishing) may take this long to end well.
 const LAST_WORK: Duration = Duration::from_secs(5);
 
-/// When `send` ends only reading can still be under way.
+/// When `send` or `migrate` ends only reading can still be under way.
 const LAST_READ: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
@@ -50,7 +52,14 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<(), Failed> {
     match command {
-        Command::Recv(args) => block_on(recv::run(args), LAST_WORK),
+        Command::Recv(args) => {
+            if args.restore.allow_restore {
+                // Before the runtime: no thread of it may take a pid that an image wants.
+                pids::leave_low_ones();
+            }
+            block_on(recv::run(*args), LAST_WORK)
+        }
+        Command::Migrate(args) => block_on(migrate::run(*args), LAST_READ),
         Command::Send(args) => block_on(send::run(args), LAST_READ),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),

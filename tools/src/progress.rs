@@ -68,7 +68,10 @@ impl Progress {
             Event::Storing => self
                 .bar
                 .set_message(format!("{}: storing", shortened(&self.name()))),
-            Event::Connected { .. } | Event::Received(_) | Event::Failed { .. } => {}
+            Event::Connected { .. }
+            | Event::Received(_)
+            | Event::Restored { .. }
+            | Event::Failed { .. } => {}
         }
     }
 

@@ -5,10 +5,11 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use crxfer::transfer::{Event, Events, ReceiveOptions, Received, Receiver};
+use crxfer::hooks::{Hooks, Side};
+use crxfer::transfer::{Event, Events, ReceiveOptions, Received, Receiver, RestoreHost};
 use serde_json::{Value, json};
 
-use crate::args::RecvArgs;
+use crate::args::{RecvArgs, RestoreArgs};
 use crate::error::Failed;
 use crate::key;
 use crate::output::{self, hint};
@@ -23,7 +24,7 @@ pub(crate) async fn run(args: RecvArgs) -> Result<(), Failed> {
         layout: args.layout.into(),
         max_set_bytes: args.max_bytes.map(|bytes| bytes.0),
         keep: args.keep,
-        restore: None,
+        restore: restore_host(&args.restore)?,
         identity: key::of_destination(args.identity.as_deref())?,
         peers: args.peer.clone(),
         transport: args.transport.to_options(),
@@ -39,6 +40,19 @@ pub(crate) async fn run(args: RecvArgs) -> Result<(), Failed> {
     }
     receiver.close().await;
     Ok(())
+}
+
+fn restore_host(args: &RestoreArgs) -> Result<Option<RestoreHost>, Failed> {
+    if !args.allow_restore {
+        return Ok(None);
+    }
+    let hooks = Hooks::new(Side::Destination, args.hooks.clone(), args.hook_timeout)
+        .map_err(|error| Failed::Usage(format!("--hook: {error}")))?;
+    Ok(Some(RestoreHost {
+        program: args.criu.clone(),
+        config_file: args.criu_config.clone(),
+        hooks,
+    }))
 }
 
 /// Says that sources may come, and how.
@@ -64,7 +78,10 @@ fn announce(receiver: &Receiver, args: &RecvArgs) -> Result<(), Failed> {
             addresses.join(", ")
         ));
         output::line(&fingerprint)?;
-        hint("On a source:  crxfer send DIR --to HOST:PORT --identity FILE --peer FINGERPRINT");
+        let command = on_the_source(&args.restore);
+        hint(&format!(
+            "On a source:  crxfer {command} --to HOST:PORT --identity FILE --peer FINGERPRINT"
+        ));
         return Ok(());
     };
     hint(&format!(
@@ -72,8 +89,19 @@ fn announce(receiver: &Receiver, args: &RecvArgs) -> Result<(), Failed> {
         addresses.join(", ")
     ));
     output::line(&ticket)?;
-    hint("On the source:  crxfer send DIR --to TICKET      Stop with Ctrl-C");
+    let command = on_the_source(&args.restore);
+    hint(&format!(
+        "On the source:  crxfer {command} --to TICKET      Stop with Ctrl-C"
+    ));
     Ok(())
+}
+
+fn on_the_source(restore: &RestoreArgs) -> &'static str {
+    if restore.allow_restore {
+        "migrate --pid PID"
+    } else {
+        "send DIR"
+    }
 }
 
 fn events(json: bool) -> Events {
@@ -82,6 +110,12 @@ fn events(json: bool) -> Events {
         let _ = match event {
             Event::Received(received) if json => output::json(&received_json(&received)),
             Event::Received(received) => received_text(&received),
+            Event::Restored { name, pid, address } if json => output::json(&json!({
+                "event": "restored", "name": name, "pid": pid, "address": address.to_string(),
+            })),
+            Event::Restored { name, pid, address } => {
+                output::line(&format!("running {name}: pid {pid} (from {address})"))
+            }
             Event::Failed { address, error } if json => output::json(
                 &json!({"event": "failed", "address": address.to_string(), "error": error}),
             ),
