@@ -160,8 +160,9 @@ impl MigrationSource {
             (State::AwaitOffered, Step::Offered(offered)) => {
                 (State::Idle, Command::Offered(offered))
             }
+            // The destination may be done before the driver has said that the stream is.
             (
-                State::AwaitStored,
+                State::Iterating | State::AwaitStored,
                 Step::IterationDone {
                     number,
                     stored_bytes,
@@ -177,7 +178,7 @@ impl MigrationSource {
                 (State::Idle, stored)
             }
             (State::AwaitReady, Step::FinalReady) => (State::Ready, Command::Freeze),
-            (State::AwaitBuilt, Step::Built) => (State::Built, Command::Built),
+            (State::Frozen | State::AwaitBuilt, Step::Built) => (State::Built, Command::Built),
             (
                 State::Committed,
                 Step::Running {

@@ -128,20 +128,21 @@ impl Driver<'_> {
         if self.clock.elapsed() >= self.clock_asked + CLOCK_EVERY {
             self.ask_clock();
         }
-        let (Some((number, begin, bytes_before)), Some(stream)) = (self.iterating, &self.stream)
-        else {
+        let (Some(begun), Some(stream)) = (&self.iterating, &self.stream) else {
             return;
         };
-        let scanned_bytes = self.counted.scanned.load(Ordering::Relaxed);
+        let number = begun.number;
+        let scanned_bytes = begun.counted.scanned.load(Ordering::Relaxed);
+        let busy = stream.written().busy().saturating_sub(begun.busy_before);
         let so_far = Iteration {
             number,
-            begin,
+            begin: begun.begin,
             end: self.clock.elapsed(),
             scanned_bytes,
-            scan_time: (self.clock.elapsed() - begin).saturating_sub(stream.written().busy()),
-            changed_bytes: self.counted.changed.load(Ordering::Relaxed),
-            wire_bytes: stream.written().bytes() - bytes_before,
-            send_time: stream.written().busy(),
+            scan_time: (self.clock.elapsed() - begun.begin).saturating_sub(busy),
+            changed_bytes: begun.counted.changed.load(Ordering::Relaxed),
+            wire_bytes: stream.written().bytes() - begun.bytes_before,
+            send_time: busy,
         };
         if self.policy.progress(&so_far) != Decision::Again {
             // What was read so far is a whole iteration for the destination; `after` says the rest.

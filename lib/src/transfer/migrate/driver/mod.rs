@@ -149,6 +149,17 @@ struct Counted {
     changed: AtomicU64,
 }
 
+/// An iteration under way.
+#[derive(Debug)]
+struct Begun {
+    number: u32,
+    begin: Duration,
+    // Of the stream, before it.
+    bytes_before: u64,
+    busy_before: Duration,
+    counted: Arc<Counted>,
+}
+
 struct Driver<'a> {
     options: &'a MigrateOptions,
     connection: &'a Connection,
@@ -169,9 +180,7 @@ struct Driver<'a> {
     clock_asked: Duration,
     clock_questions: u32,
     policy: Policy,
-    // Of the iteration under way.
-    counted: Arc<Counted>,
-    iterating: Option<(u32, Duration, u64)>,
+    iterating: Option<Begun>,
     cut_short: Option<Decision>,
     stream: Option<RecordStream>,
     frozen: Option<Frozen>,
@@ -260,7 +269,6 @@ impl<'a> Driver<'a> {
             clock_asked: Duration::ZERO,
             clock_questions: 0,
             policy: Policy::new(goals, Costs::default()),
-            counted: Arc::default(),
             iterating: None,
             cut_short: None,
             stream: None,

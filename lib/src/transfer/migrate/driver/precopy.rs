@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::task::spawn_blocking;
 
-use super::{Command, Driver, Event, Input};
+use super::{Begun, Command, Counted, Driver, Event, Input};
 use crate::delta::{Compared, Outgoing};
 use crate::live::{LiveReader, Method, ReaderOptions};
 use crate::precopy::{Decision, Iteration};
@@ -62,10 +62,16 @@ impl Driver<'_> {
         let (begun, begun_ns) = (self.clock.elapsed(), self.clock.now_ns());
         let bytes_before = stream.written().bytes();
         self.emit(MigrateEvent::IterationBegun(number));
-        self.counted = Arc::default();
-        self.iterating = Some((number, begun, bytes_before));
+        let counted = Arc::<Counted>::default();
+        self.iterating = Some(Begun {
+            number,
+            begin: begun,
+            bytes_before,
+            busy_before: stream.written().busy(),
+            counted: counted.clone(),
+        });
         stream.stop(false);
-        let (counted, page, to) = (self.counted.clone(), self.page, stream.clone());
+        let (page, to) = (self.page, stream.clone());
         let scanning = spawn_blocking(move || {
             let mut count = |compared: &Compared| {
                 let bytes = |pages| pages * page.bytes();
