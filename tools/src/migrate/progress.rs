@@ -254,11 +254,12 @@ fn whole(number: f64) -> u64 {
     number.round() as u64
 }
 
-/// `312 ms`, and `14.3 s` where it is long.
+/// `0.25 ms`, `312 ms`, and `14.3 s` where it is long.
 pub(super) fn milliseconds(time: Duration) -> String {
     match time.as_millis() {
-        0..10 => format!("{:.1} ms", time.as_secs_f64() * 1e3),
-        10..10_000 => format!("{:.0} ms", time.as_secs_f64() * 1e3),
+        0 => format!("{:.2} ms", time.as_secs_f64() * 1e3),
+        1..10 => format!("{:.1} ms", time.as_secs_f64() * 1e3),
+        10..2_000 => format!("{:.0} ms", time.as_secs_f64() * 1e3),
         _ => seconds(time),
     }
 }
@@ -296,6 +297,7 @@ mod tests {
     #[test]
     fn times_have_the_digits_that_matter() {
         let of = |micros| milliseconds(Duration::from_micros(micros));
+        assert_eq!(of(250), "0.25 ms");
         assert_eq!(of(1_234), "1.2 ms");
         assert_eq!(of(312_400), "312 ms");
         assert_eq!(of(14_300_000), "14.3 s");
