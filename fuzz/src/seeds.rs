@@ -31,6 +31,7 @@ fn main() -> Done {
     tickets()?;
     index()?;
     facts()?;
+    page_streams()?;
     sessions()
 }
 
@@ -107,6 +108,39 @@ fn tickets() -> Done {
     // The target itself puts prefix and checksum around a payload.
     let payload = [&[1, 4, 192, 0, 2, 7, 17, 81], [3; 64].as_slice()].concat();
     put("ticket", "payload", &payload)
+}
+
+/// Sessions of a dumping CRIU in both header layouts, without page data.
+fn page_streams() -> Done {
+    let (task, shared) = (171 << 8 | 1, 14 << 8 | 2);
+    let (present, parent) = (6 | 6 << 16, 6 | 1 << 16);
+    let dump = [
+        (4, 0, 0, shared),
+        (6 | 4 << 16, 3, 0, shared),
+        (4, 0, 0, task),
+        (present, 300, 0x55_0000, task),
+        (parent, 40, 0x7f00_0000, task),
+        (0x1024, 0, 0, 0),
+    ];
+    let pre_dump = [(5, 0, 0, task), (4, 0, 0, task), (parent, 9, 0x55_0000, task), (0x1023, 0, 0, 0)];
+    let oldest = [(3, 0, 0, task), (1, 2, 0x55_0000, task), (2, 2, 0x66_0000, task), (0x1023, 0, 0, 0)];
+    for (name, session) in [("dump", &dump[..]), ("pre-dump", &pre_dump), ("oldest", &oldest)] {
+        for new in [false, true] {
+            let mut bytes = vec![0];
+            for &(command, pages, vaddr, id) in session {
+                bytes.extend(u32::to_ne_bytes(command));
+                match new {
+                    false => bytes.extend(u32::to_ne_bytes(pages)),
+                    true => bytes.extend([&[0xfe, 0x7f, 0, 0][..], &u64::from(pages).to_ne_bytes()].concat()),
+                }
+                bytes.extend(u64::to_ne_bytes(vaddr));
+                bytes.extend(u64::to_ne_bytes(id));
+            }
+            let layout = if new { "new" } else { "old" };
+            put("page_stream", &format!("{name}-{layout}"), &bytes)?;
+        }
+    }
+    Ok(())
 }
 
 fn sessions() -> Done {

@@ -56,7 +56,6 @@ const CAUSES: &[Cause] = &[
             &["is not a session leader"],
             &["A session leader of"],
             &["Can't find a session leader"],
-            &["Consider using --shell-job"],
         ],
         advice: "the tree was started from a shell and is in that shell's session; use --shell-job, \
                  or start it with setsid",
@@ -69,6 +68,7 @@ const CAUSES: &[Cause] = &[
             &["Unable to find a tty driver"],
             &["Can't open slave tty"],
             &["Can't open tty"],
+            &["Can't open master pty"],
         ],
         advice: "a process holds a terminal that is not part of the tree; use --shell-job with a \
                  terminal on the destination, or start it with input and output redirected",
@@ -78,7 +78,10 @@ const CAUSES: &[Cause] = &[
             &["Some file locks are hold"],
             &["file lock", "failed"],
             &["Unresolved lock"],
-            &["Can not set", "lock"],
+            &["Can not set flock"],
+            &["Can not set posix lock"],
+            &["Can not set ofd lock"],
+            &["Can't set lease"],
         ],
         advice: "the processes hold file locks; use --file-locks if nobody outside the tree uses \
                  the locked files",
@@ -89,12 +92,7 @@ const CAUSES: &[Cause] = &[
                  with ghost-limit SIZE in the file given with --criu-config",
     },
     Cause {
-        patterns: &[
-            &["Can't create link remap"],
-            &["link remap"],
-            &["link-remap"],
-            &["Can't link remap"],
-        ],
+        patterns: &[&["link remap"], &["link-remap"]],
         advice: "a process has a deleted file open that still has another name; use --link-remap",
     },
     Cause {
@@ -146,25 +144,20 @@ const CAUSES: &[Cause] = &[
             &["Iptables configuration failed"],
             &["iptables", "No such file or directory"],
             &["Failed to lock TCP connection"],
-            &["Can't lock network"],
         ],
         advice: "connections cannot be locked: CRIU needs nftables (built with libnftables, nf_tables \
                  in the kernel) or iptables with network-lock iptables in the CRIU configuration",
     },
     Cause {
         patterns: &[
-            &["Can't bind", "inet"],
-            &["Can't bind", "Cannot assign requested address"],
-            &["Can't connect", "Cannot assign requested address"],
+            &["inet socket", "Cannot assign requested address"],
+            &["inet socket", "Network is unreachable"],
         ],
         advice: "an address of the tree's sockets is not on the destination; add it before the \
                  restore, for instance as /32 on lo by an address-prepare hook",
     },
     Cause {
-        patterns: &[
-            &["Can't bind", "Address already in use"],
-            &["Address already in use"],
-        ],
+        patterns: &[&["inet socket", "Address already in use"]],
         advice: "another program on the destination uses a port of the tree; stop it",
     },
     Cause {
@@ -178,11 +171,9 @@ const CAUSES: &[Cause] = &[
     },
     Cause {
         patterns: &[
-            &["PASSCRED"],
-            &["PASSSEC"],
-            &["Can't get 1:16 socket option"],
-            &["Can't get", "SOL_SOCKET", "Operation not supported"],
-            &["socket", "option", "Operation not supported"],
+            // SOL_SOCKET with SO_PASSCRED and SO_PASSSEC.
+            &["Can't get 1:16 opt"],
+            &["Can't get 1:34 opt"],
         ],
         advice: "this kernel refuses a socket option that CRIU before 4.2 asks for; use CRIU 4.2 or \
                  later on both hosts",
@@ -215,9 +206,8 @@ const CAUSES: &[Cause] = &[
     Cause {
         patterns: &[
             &["apparmor"],
-            &["AppArmor"],
+            &["AA namespace"],
             &["selinux"],
-            &["SELinux"],
             &["lsm"],
             &["LSM"],
         ],

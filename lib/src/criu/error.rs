@@ -110,6 +110,12 @@ pub enum CriuError {
         /// The worker.
         pid: u32,
     },
+    /// A pre-dump was asked for where [`Probe::mem_track`](super::Probe::mem_track) is false.
+    #[error(
+        "criu cannot pre-dump here: this kernel does not track changed memory \
+         (CONFIG_MEM_SOFT_DIRTY); memory must be read live instead"
+    )]
+    NoSoftDirty,
     /// A page server was asked for, but the worker has no socket.
     #[error("criu worker {pid} was started without a socket for memory")]
     NoSocket {

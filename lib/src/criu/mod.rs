@@ -13,6 +13,7 @@
 //! - [`causes`] turns CRIU's own words into a sentence that says what to do.
 //! - [`page_server`] is the protocol in which CRIU sends memory, as a state machine without I/O;
 //!   [`page_client`] reads it from a socket and hands the pages to a [`page_client::PageSink`].
+//! - [`network_lock`] removes the firewall rules that CRIU leaves behind.
 //!
 //! Everything blocks and needs no runtime: one plain thread for a worker, one for its memory.
 //! Nothing here looks into images, knows the peer host, or decides when to freeze.
@@ -20,9 +21,11 @@
 pub mod causes;
 mod error;
 mod log;
+pub mod network_lock;
 pub mod options;
 pub mod page_client;
 pub mod page_server;
+mod process;
 pub mod rpc;
 mod stage;
 #[cfg(test)]
@@ -32,5 +35,6 @@ pub use error::{CriuError, Failure, Operation};
 pub use options::{
     CgroupMode, CriuOptions, DumpOptions, Leave, NetworkLock, PreDumpOptions, RestoreOptions,
 };
-pub use rpc::{Canceller, DumpOutcome, Probe, Restored, Worker};
+pub use process::Canceller;
+pub use rpc::{DumpOutcome, Probe, Restored, Worker};
 pub use stage::{Stage, Verdict};

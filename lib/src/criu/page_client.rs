@@ -17,9 +17,10 @@ use super::page_server::{
 use crate::image::{PageRun, PagemapName};
 use crate::page::PageSize;
 
-/// What CRIU may write ahead of us, in bytes. The kernel's default of 208 KiB makes CRIU and the
-/// reader take turns; measured up to 4 MiB, more than 2 MiB changes nothing.
-const SEND_BUFFER: usize = 2 << 20;
+/// What CRIU may write ahead of us, in bytes: a whole batch. Measured with 265 MB on a busy machine,
+/// the dump takes 0.45 to 0.48 s (median of 7) with up to the kernel's default of 208 KiB, and 0.36
+/// to 0.42 s with 512 KiB to 8 MiB, in no order.
+const SEND_BUFFER: usize = 1 << 20;
 
 /// Smallest batch that gets a buffer of the pool. Below, an allocation of its own costs little, and a
 /// sink that keeps many small batches does not keep a large buffer for each.

@@ -1,42 +1,27 @@
 //! A client of `criu swrk`: one worker process, one operation.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crxfer_proto::criu::rpc::{Features, Opts, Req, ReqType, Resp};
 use prost::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::MemfdFlags;
-use rustix::io::{Errno, fcntl_dupfd_cloexec};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown,
-    socketpair,
-};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::causes;
 use super::error::{CriuError, Failure, Operation};
 use super::log;
 use super::options::{DumpOptions, PreDumpOptions, RestoreOptions};
+use super::process::{Canceller, GRACE, Process, io_error, now};
 use super::stage::{Stage, Verdict};
 
 /// Largest message that is taken from CRIU, in bytes. Its answers are numbers and one error message
 /// of at most a few hundred bytes.
 const MOST_MESSAGE_BYTES: usize = 64 << 10;
-
-/// How long CRIU may take to clean up after it was cancelled or its time was over. It resumes or
-/// kills a tree in milliseconds; the rest is for a busy host.
-const GRACE: Duration = Duration::from_secs(3);
-
-/// How much of what a worker printed is quoted.
-const MOST_OUTPUT_BYTES: u64 = 2000;
 
 /// What this CRIU and this kernel can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,8 +58,8 @@ pub struct Restored {
 /// All calls block. Another thread ends them with a [`Canceller`]; [`Worker::set_deadline`] ends them
 /// by time. Both close the socket for sending, which CRIU takes for a refusal at the next stage: a
 /// dumped tree resumes, a half-made copy is killed. **CRIU only looks at its socket at a stage.**
-/// While it writes memory to a page server, close that socket as well, then it stops at once. What
-/// does not end within 3 s is killed.
+/// While it sends memory it notices that socket's end instead: name it with
+/// [`Worker::end_with`]. What does not end within 3 s is killed.
 ///
 /// Once the caller went on at [`Stage::PostDump`] or [`Stage::PostRestore`] the deadline is off: the
 /// tree is being given up or let run, and nobody could say any more which of the two happened.
@@ -82,16 +67,12 @@ pub struct Restored {
 /// Dropping a worker ends its process in the same way and reaps it.
 #[derive(Debug)]
 pub struct Worker {
-    child: Child,
-    shared: Arc<Shared>,
-    output: Option<File>,
-    inherited: Option<RawFd>,
+    process: Process,
     probe: Option<Probe>,
     deadline: Option<Instant>,
     /// Until when CRIU may clean up; then it is killed.
     grace: Option<Instant>,
     ended_by: Option<Ended>,
-    killed: bool,
     used: bool,
     /// The decisive stage was accepted: no deadline and no canceller counts any more.
     decided: bool,
@@ -101,48 +82,6 @@ pub struct Worker {
 enum Ended {
     Deadline,
     Canceller,
-}
-
-#[derive(Debug)]
-struct Shared {
-    socket: OwnedFd,
-    /// Of a process that is not reaped while anybody can signal it: a pidfd never names another one.
-    process: OwnedFd,
-    cancelled: AtomicBool,
-}
-
-/// Ends a [`Worker`]'s operation from another thread.
-#[derive(Clone, Debug)]
-pub struct Canceller(Arc<Shared>);
-
-impl Canceller {
-    /// Refuses whatever comes next: CRIU resumes the tree, or kills the half-made copy.
-    ///
-    /// Without effect on an operation that was already accepted at its decisive stage. The waiting
-    /// call returns what really happened.
-    pub fn cancel(&self) {
-        self.0.cancelled.store(true, Ordering::Release);
-        self.0.refuse_further();
-    }
-
-    /// Kills CRIU at once. A tree being dumped runs on, but its network lock stays and its
-    /// connections may hang in repair mode; a restore may leave processes behind. For what does not
-    /// react to [`Canceller::cancel`].
-    pub fn kill(&self) {
-        self.0.cancelled.store(true, Ordering::Release);
-        self.0.kill();
-    }
-}
-
-impl Shared {
-    /// CRIU reads end of file at its next stage, but can still send its answer.
-    fn refuse_further(&self) {
-        let _ = shutdown(&self.socket, Shutdown::Write);
-    }
-
-    fn kill(&self) {
-        let _ = pidfd_send_signal(&self.process, Signal::KILL);
-    }
 }
 
 impl Worker {
@@ -158,67 +97,12 @@ impl Worker {
         inherit: Option<OwnedFd>,
         output: Option<File>,
     ) -> Result<Self, CriuError> {
-        let (ours, theirs) = socket_pair().map_err(io_error(0, "make a socket pair"))?;
-        // 0 to 2 would be replaced by the child's standard streams.
-        let inherit = inherit.map(above_standard).transpose();
-        let inherit = inherit.map_err(io_error(0, "duplicate the socket for memory"))?;
-        let inherited = inherit.as_ref().map(AsRawFd::as_raw_fd);
-        let own_output = output.is_none();
-        let output = match output {
-            Some(file) => file,
-            None => rustix::fs::memfd_create("criu-output", MemfdFlags::CLOEXEC)
-                .map(File::from)
-                .map_err(io_error(0, "make a file for criu's output"))?,
-        };
-        let copies = output.try_clone().and_then(|copy| {
-            let second = output.try_clone()?;
-            Ok((copy, second))
-        });
-        let (stdout, stderr) = copies.map_err(|source| CriuError::Io {
-            pid: 0,
-            action: "duplicate the file for criu's output",
-            source,
-        })?;
-
-        let mut command = Command::new(program);
-        command
-            .arg("swrk")
-            .arg(theirs.as_raw_fd().to_string())
-            .stdin(Stdio::null())
-            .stdout(stdout)
-            .stderr(stderr)
-            .process_group(0);
-        let passed = std::iter::once(theirs).chain(inherit).collect();
-        crate::sys::pass_descriptors(&mut command, passed);
-        let mut child = command.spawn().map_err(|source| CriuError::Start {
-            program: program.to_owned(),
-            source,
-        })?;
-        // Our copy of CRIU's end must go, or its death would not end our reads.
-        drop(command);
-        let pid = Pid::from_child(&child);
-        let process = match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(process) => process,
-            Err(errno) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(io_error(child.id(), "open a pidfd")(errno));
-            }
-        };
         Ok(Self {
-            child,
-            shared: Arc::new(Shared {
-                socket: ours,
-                process,
-                cancelled: AtomicBool::new(false),
-            }),
-            output: own_output.then_some(output),
-            inherited,
+            process: Process::start(program, inherit, output)?,
             probe: None,
             deadline: None,
             grace: None,
             ended_by: None,
-            killed: false,
             used: false,
             decided: false,
         })
@@ -226,17 +110,17 @@ impl Worker {
 
     /// The worker's process.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.pid()
     }
 
     /// Number of the inherited socket inside the worker.
     pub fn inherited(&self) -> Option<RawFd> {
-        self.inherited
+        self.process.inherited
     }
 
     /// A handle that ends this worker's calls from another thread.
     pub fn canceller(&self) -> Canceller {
-        Canceller(Arc::clone(&self.shared))
+        self.process.canceller()
     }
 
     /// When the calls that follow are given up; see [`Worker`] for how. `None`, the default, is never.
@@ -244,9 +128,15 @@ impl Worker {
         self.deadline = deadline;
     }
 
+    /// Also shuts `memory` down when a call is given up: a duplicate of our end of the socket for
+    /// memory. A CRIU that waits for us to read then fails its dump and resumes the tree at once.
+    pub fn end_with(&mut self, memory: OwnedFd) {
+        let _ = self.process.shared.memory.set(memory);
+    }
+
     /// Kills the worker at once, as [`Canceller::kill`].
     pub fn kill(&mut self) {
-        self.shared.kill();
+        self.process.shared.kill();
     }
 
     /// Versions and features. Afterwards the worker's program and libraries are in memory, and CRIU
@@ -290,7 +180,7 @@ impl Worker {
         if options.page_server {
             self.check_socket()?;
         }
-        let message = options.message(self.inherited);
+        let message = options.message(self.process.inherited);
         let place = (options.work, options.log_file.as_str());
         let answer = self.run(Operation::Dump, ReqType::Dump, message, place, decide)?;
         Ok(DumpOutcome {
@@ -300,20 +190,26 @@ impl Worker {
 
     /// One iteration of CRIU's own pre-copy; the tree is frozen only while pages are collected.
     ///
-    /// Only where [`Probe::mem_track`] says so: without soft-dirty some versions of CRIU end here on
-    /// an assertion. CRIU has no stages in a pre-dump.
+    /// [Probed](Self::probe) before if it was not yet: without soft-dirty some versions of CRIU end
+    /// here on an assertion. CRIU has no stages in a pre-dump.
     pub fn pre_dump(&mut self, options: &PreDumpOptions<'_>) -> Result<DumpOutcome, CriuError> {
+        let probe = match self.probe {
+            Some(probe) => probe,
+            None => self.probe()?,
+        };
+        if !probe.mem_track {
+            return Err(CriuError::NoSoftDirty);
+        }
         if options.page_server {
             self.check_socket()?;
         }
         // Since 3.17; the older request keeps the worker waiting for more, which drop ends.
-        let single = self.probe.is_some_and(|probe| probe.version >= (3, 17, 0));
-        let request = if single {
+        let request = if probe.version >= (3, 17, 0) {
             ReqType::SinglePreDump
         } else {
             ReqType::PreDump
         };
-        let message = options.message(self.inherited);
+        let message = options.message(self.process.inherited);
         let place = (options.work, options.log_file.as_str());
         let go_on = &mut |_, _| Verdict::GoOn;
         let answer = self.run(Operation::PreDump, request, message, place, go_on)?;
@@ -434,7 +330,7 @@ impl Worker {
     fn send(&self, operation: Operation, message: &Req) -> Result<(), CriuError> {
         let bytes = message.encode_to_vec();
         loop {
-            match send(&self.shared.socket, &bytes, SendFlags::NOSIGNAL) {
+            match send(&self.process.shared.socket, &bytes, SendFlags::NOSIGNAL) {
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 // Our end is closed by the canceller, or CRIU is gone: the next read tells which.
@@ -466,7 +362,7 @@ impl Worker {
         loop {
             let process_ended = self.wait(operation)?;
             let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
-            match recv(&self.shared.socket, buffer.as_mut_slice(), flags) {
+            match recv(&self.process.shared.socket, buffer.as_mut_slice(), flags) {
                 Ok((_, 0)) => return Err(self.gone(operation)),
                 Ok((_, length)) => {
                     let bytes = buffer.get(..length);
@@ -488,8 +384,8 @@ impl Worker {
     fn wait(&mut self, operation: Operation) -> Result<bool, CriuError> {
         loop {
             let mut polled = [
-                PollFd::new(&self.shared.socket, PollFlags::IN),
-                PollFd::new(&self.shared.process, PollFlags::IN),
+                PollFd::new(&self.process.shared.socket, PollFlags::IN),
+                PollFd::new(&self.process.shared.process, PollFlags::IN),
             ];
             let result = poll(&mut polled, self.time_left().as_ref());
             let ready = polled.each_ref().map(|fd| !fd.revents().is_empty());
@@ -523,14 +419,14 @@ impl Worker {
             return;
         }
         if self.grace.is_none() {
-            if self.shared.cancelled.load(Ordering::Acquire) {
+            if self.process.shared.cancelled.load(Ordering::Acquire) {
                 self.end(Ended::Canceller);
             } else if self.has_passed() {
                 self.end(Ended::Deadline);
             }
-        } else if self.grace.is_some_and(|grace| grace <= now()) && !self.killed {
-            self.killed = true;
-            self.shared.kill();
+        } else if self.grace.is_some_and(|grace| grace <= now()) && !self.process.killed {
+            self.process.killed = true;
+            self.process.shared.kill();
         }
     }
 
@@ -541,16 +437,16 @@ impl Worker {
     fn end(&mut self, by: Ended) {
         self.ended_by.get_or_insert(by);
         self.grace.get_or_insert_with(|| now() + GRACE);
-        self.shared.refuse_further();
+        self.process.shared.refuse_further();
     }
 
     fn ended(&self) -> Option<Ended> {
-        let cancelled = self.shared.cancelled.load(Ordering::Acquire);
+        let cancelled = self.process.shared.cancelled.load(Ordering::Acquire);
         self.ended_by.or(cancelled.then_some(Ended::Canceller))
     }
 
     fn ended_error(&self, operation: Operation, ended: Ended) -> CriuError {
-        let killed = self.killed;
+        let killed = self.process.killed;
         match ended {
             Ended::Canceller => CriuError::Cancelled { operation, killed },
             Ended::Deadline => CriuError::TimedOut { operation, killed },
@@ -559,54 +455,18 @@ impl Worker {
 
     /// The worker closed its socket or ended; this reaps it.
     fn gone(&mut self, operation: Operation) -> CriuError {
-        let status = self.reap();
+        let status = self.process.reap();
         if let Some(ended) = self.ended() {
             // Also when somebody else's SIGKILL ended it: what was left behind is not known.
-            self.killed |= status.is_none_or(|status| !status.success() && status.code().is_none());
+            self.process.killed |=
+                status.is_none_or(|status| !status.success() && status.code().is_none());
             return self.ended_error(operation, ended);
         }
         CriuError::Gone {
             pid: self.pid(),
             operation,
             status: status.map_or_else(|| "killed".into(), |status| status.to_string()),
-            output: self.printed(),
-        }
-    }
-
-    /// Ends the process, by force after a while, and collects its status.
-    fn reap(&mut self) -> Option<std::process::ExitStatus> {
-        let process = &self.shared.process;
-        let until = now() + GRACE;
-        loop {
-            let left = until.saturating_duration_since(now());
-            let mut polled = [PollFd::new(process, PollFlags::IN)];
-            match poll(&mut polled, Timespec::try_from(left).ok().as_ref()) {
-                Err(Errno::INTR) => {}
-                Ok(1..) => break,
-                _ => {
-                    self.killed = true;
-                    self.shared.kill();
-                    break;
-                }
-            }
-        }
-        self.child.wait().ok()
-    }
-
-    fn printed(&mut self) -> String {
-        let Some(output) = self.output.as_mut() else {
-            return String::new();
-        };
-        let mut text = Vec::new();
-        let length = output.metadata().map_or(0, |metadata| metadata.len());
-        let from = length.saturating_sub(MOST_OUTPUT_BYTES);
-        let read = output
-            .seek(SeekFrom::Start(from))
-            .and_then(|_| output.take(MOST_OUTPUT_BYTES).read_to_end(&mut text));
-        let text = String::from_utf8_lossy(&text);
-        match read {
-            Ok(1..) => format!(": {}", text.trim_end()),
-            _ => String::new(),
+            output: self.process.printed(),
         }
     }
 
@@ -618,7 +478,7 @@ impl Worker {
     }
 
     fn check_socket(&self) -> Result<(), CriuError> {
-        match self.inherited {
+        match self.process.inherited {
             Some(_) => Ok(()),
             None => Err(CriuError::NoSocket { pid: self.pid() }),
         }
@@ -630,13 +490,6 @@ impl Worker {
             operation,
             what: what.to_owned(),
         }
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        let _ = shutdown(&self.shared.socket, Shutdown::Both);
-        let _ = self.reap();
     }
 }
 
@@ -653,40 +506,6 @@ fn failed(operation: Operation, answer: &Resp, work: BorrowedFd<'_>, log_file: &
         log: log::path(work, log_file),
         lines,
     }))
-}
-
-fn socket_pair() -> rustix::io::Result<(OwnedFd, OwnedFd)> {
-    let (ours, theirs) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    Ok((ours, above_standard(theirs)?))
-}
-
-/// The same descriptor with a number above those of the standard streams.
-fn above_standard(descriptor: OwnedFd) -> rustix::io::Result<OwnedFd> {
-    if descriptor.as_raw_fd() > 2 {
-        return Ok(descriptor);
-    }
-    fcntl_dupfd_cloexec(descriptor.as_fd(), 3)
-}
-
-fn io_error(pid: u32, action: &'static str) -> impl FnOnce(Errno) -> CriuError {
-    move |errno| CriuError::Io {
-        pid,
-        action,
-        source: io::Error::from(errno),
-    }
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a driver: it waits for another process"
-)]
-fn now() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]

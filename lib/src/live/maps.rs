@@ -1,5 +1,6 @@
 //! `/proc/PID/maps`: what kind of memory lies where.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// One mapping.
@@ -7,37 +8,18 @@ use std::ops::Range;
 pub(super) struct Mapping {
     pub(super) start: u64,
     pub(super) end: u64,
-    /// Offset in the file or segment.
-    pub(super) offset: u64,
     pub(super) inode: u64,
     pub(super) shared: bool,
-    pub(super) kind: Kind,
-}
-
-/// What a mapping shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Memory of nobody else, or a file.
-    Ordinary,
-    /// Provided by the kernel: CRIU takes care of it, and it is tiny.
-    Kernel,
-    /// A segment that lives in memory only.
-    Segment(SegmentKind),
-}
-
-/// Where a segment comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum SegmentKind {
-    /// Shared anonymous memory.
-    Anonymous,
-    Memfd,
-    SysV,
+    /// It shows a segment that lives in memory only.
+    pub(super) is_segment: bool,
+    /// The kernel provides it (vdso and the like): CRIU takes care of it, and it is tiny.
+    pub(super) is_kernel: bool,
 }
 
 impl Mapping {
     /// Whether pages of its own may lie here: all that is private.
     pub(super) fn holds_private_pages(&self) -> bool {
-        !self.shared && self.kind != Kind::Kernel
+        !self.shared && !self.is_kernel
     }
 
     pub(super) fn range(&self) -> Range<u64> {
@@ -60,7 +42,7 @@ fn parse_line(line: &str) -> Option<Mapping> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let shared = fields.next()?.as_bytes().get(3)? == &b's';
-    let offset = hexadecimal(fields.next()?)?;
+    let _offset = fields.next()?;
     let _device = fields.next()?;
     let inode = fields.next()?.parse().ok()?;
     let name = fields.next().unwrap_or("").trim_start();
@@ -68,33 +50,50 @@ fn parse_line(line: &str) -> Option<Mapping> {
     (start < end).then_some(Mapping {
         start,
         end,
-        offset,
         inode,
         shared,
-        kind: kind_of(name, shared),
+        is_segment: is_memfd(name) || (shared && is_shared_memory(name)),
+        is_kernel: is_kernel(name),
     })
+}
+
+/// Where the mappings of an `smaps` file begin of which no page is in memory or swapped out.
+pub(super) fn empty_ones(smaps: &str) -> BTreeSet<u64> {
+    let mut empty = BTreeSet::new();
+    let mut start = 0;
+    for line in smaps.lines() {
+        if let Some(mapping) = parse_line(line) {
+            start = mapping.start;
+            empty.insert(start);
+        } else if let Some((name, amount)) = line.split_once(':') {
+            let counts = matches!(name, "Rss" | "Swap" | "Private_Hugetlb" | "Shared_Hugetlb");
+            if counts && amount.trim() != "0 kB" {
+                empty.remove(&start);
+            }
+        }
+    }
+    empty
 }
 
 fn hexadecimal(text: &str) -> Option<u64> {
     u64::from_str_radix(text, 16).ok()
 }
 
-fn kind_of(name: &str, shared: bool) -> Kind {
-    match name {
-        "[vdso]" | "[vsyscall]" | "[uprobes]" | "[sigpage]" | "[vectors]" => Kind::Kernel,
-        _ if name.starts_with("[vvar") => Kind::Kernel,
-        _ if is_memfd(name) => Kind::Segment(SegmentKind::Memfd),
-        _ if shared => segment_of(name).map_or(Kind::Ordinary, Kind::Segment),
-        _ => Kind::Ordinary,
-    }
+fn is_kernel(name: &str) -> bool {
+    let names = [
+        "[vdso]",
+        "[vsyscall]",
+        "[uprobes]",
+        "[sigpage]",
+        "[vectors]",
+    ];
+    names.contains(&name) || name.starts_with("[vvar")
 }
 
-fn segment_of(name: &str) -> Option<SegmentKind> {
-    match name {
-        "/dev/zero (deleted)" | "/anon_hugepage (deleted)" => Some(SegmentKind::Anonymous),
-        _ if name.starts_with("/SYSV") && name.ends_with(" (deleted)") => Some(SegmentKind::SysV),
-        _ => None,
-    }
+/// Anonymous, of huge pages or not, or of System V.
+fn is_shared_memory(name: &str) -> bool {
+    let names = ["/dev/zero (deleted)", "/anon_hugepage (deleted)"];
+    names.contains(&name) || (name.starts_with("/SYSV") && name.ends_with(" (deleted)"))
 }
 
 /// Whether a mapping or descriptor of that name is a memfd.
@@ -122,26 +121,34 @@ garbage
 ";
 
     #[test]
-    fn each_mapping_has_its_kind() {
+    fn segments_are_told_from_files_and_from_private_memory() {
         let maps = parse(TEXT);
-        let kinds: Vec<_> = maps.iter().map(|map| (map.shared, map.kind)).collect();
-        assert_eq!(
-            kinds,
-            [
-                (false, Kind::Ordinary),
-                (false, Kind::Ordinary),
-                (false, Kind::Ordinary),
-                (true, Kind::Segment(SegmentKind::Anonymous)),
-                (true, Kind::Segment(SegmentKind::Memfd)),
-                (false, Kind::Segment(SegmentKind::Memfd)),
-                (true, Kind::Segment(SegmentKind::SysV)),
-                (true, Kind::Ordinary),
-                (false, Kind::Kernel),
-                (false, Kind::Kernel),
-            ]
-        );
-        assert_eq!((maps[3].offset, maps[3].inode), (0x1000, 4792));
+        assert_eq!(maps.len(), 10);
+        let segments: Vec<_> = maps
+            .iter()
+            .filter(|mapping| mapping.is_segment)
+            .map(|mapping| (mapping.inode, mapping.shared))
+            .collect();
+        let expected = [(4792, true), (5, true), (5, false), (32769, true)];
+        assert_eq!(segments, expected);
         assert_eq!(maps[0].range(), 0x55d0_c8a0_0000..0x55d0_c8a0_2000);
+    }
+
+    #[test]
+    fn mappings_without_pages_are_known_by_smaps() {
+        let entry = |start: u64, rss: u32, swap: u32, huge: u32| {
+            format!(
+                "{start:x}-{:x} rw-p 00000000 00:00 0 \nSize:  8 kB\nRss:  {rss} kB\n\
+                 Private_Hugetlb: {huge} kB\nSwap:  {swap} kB\nSwapPss:  0 kB\nVmFlags: rd wr\n",
+                start + 0x2000
+            )
+        };
+        let text = [(0, 0, 0), (4, 0, 0), (0, 4, 0), (0, 0, 2048), (0, 0, 0)]
+            .iter()
+            .zip((0x10_0000..).step_by(0x10_000))
+            .map(|(&(rss, swap, huge), start)| entry(start, rss, swap, huge))
+            .collect::<String>();
+        assert_eq!(empty_ones(&text), BTreeSet::from([0x10_0000, 0x14_0000]));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! One pass after another over a running tree.
 
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::thread;
@@ -13,13 +15,17 @@ use super::pace::Pace;
 use super::proc::ProcDir;
 use super::scan::{Method, Scanner};
 use super::segments::{Segment, Segments};
-use super::tree::{Task, walk};
+use super::tree::{Task, tree};
 use crate::image::PagemapName;
 use crate::page::PageSize;
 use crate::sys;
 
 /// Pages of a block: no chunk crosses its boundary.
 const BLOCK_PAGES: u64 = 256;
+
+/// A mapping of this size is worth the cost of `smaps` where it may be empty: Go and Java reserve
+/// address space by the terabyte, and without PAGEMAP_SCAN each of them takes 12 s to look through.
+const VAST_BYTES: u64 = 4 << 30;
 
 /// Reasons that a report keeps; the rest is counted.
 const MAX_SKIPPED: usize = 100;
@@ -122,10 +128,7 @@ impl LiveReader {
     /// Probes what the kernel has. Fails where `root` has ended.
     pub fn new(root: u32, page: PageSize, options: ReaderOptions) -> Result<Self, LiveError> {
         let probing = |error| LiveError::of("probe for the page map", std::process::id(), error);
-        let dir = ProcDir::open(root).map_err(|_| LiveError::RootGone { pid: root })?;
-        let root_started = dir
-            .start_time()
-            .map_err(|_| LiveError::RootGone { pid: root })?;
+        let root_started = tree(root)?[0].start_time;
         Ok(Self {
             root,
             root_started,
@@ -167,20 +170,20 @@ impl LiveReader {
             sink,
             pass: Pass::default(),
         };
-        let result = run.tasks_and_segments(&mut self.scanner, &tasks);
+        let result = run.tree(&mut self.scanner, &tasks);
         let mut pass = run.pass;
         self.blocks.discard();
         // Of two reasons, that the root has ended is the one to tell.
         self.living_tree()?;
         result?;
-        pass.tasks = tasks.into_iter().map(|(task, _)| task).collect();
+        pass.tasks = tasks;
         pass.took = now() - begin;
         Ok(pass)
     }
 
-    fn living_tree(&self) -> Result<Vec<(Task, ProcDir)>, LiveError> {
-        let tasks = walk(self.root)?;
-        if tasks[0].0.start_time == self.root_started {
+    fn living_tree(&self) -> Result<Vec<Task>, LiveError> {
+        let tasks = tree(self.root)?;
+        if tasks[0].start_time == self.root_started {
             Ok(tasks)
         } else {
             Err(LiveError::RootGone { pid: self.root })
@@ -202,48 +205,34 @@ struct Running<'a> {
 struct Space {
     name: PagemapName,
     pid: u32,
-    file: Arc<std::fs::File>,
+    file: Arc<File>,
     is_segment: bool,
     /// For telling which mapping did not answer.
     mappings: Vec<Range<u64>>,
 }
 
 impl Running<'_> {
-    fn tasks_and_segments(
-        &mut self,
-        scanner: &mut Scanner,
-        tasks: &[(Task, ProcDir)],
-    ) -> Result<(), LiveError> {
+    fn tree(&mut self, scanner: &mut Scanner, tasks: &[Task]) -> Result<(), LiveError> {
         let mut segments = Segments::default();
         let mut read: Vec<(u32, String)> = Vec::new();
-        for (task, dir) in tasks {
-            if task.zombie || self.pass.stopped {
+        for task in tasks.iter().filter(|task| !task.zombie) {
+            let failed = |error| LiveError::of("read the mappings", task.pid, error);
+            let Some((dir, text)) = unless_gone(mappings_of(task)).map_err(failed)? else {
                 continue;
-            }
-            let failed = |what| move |error| LiveError::of(what, task.pid, error);
-            let text = unless_gone(dir.text("maps")).map_err(failed("read the mappings"))?;
-            let text = text.unwrap_or_default();
+            };
             let mappings = maps::parse(&text);
-            for mapping in &mappings {
-                segments
-                    .add_mapping(dir, mapping)
-                    .map_err(failed("open a shared segment"))?;
-            }
-            segments
-                .add_descriptors(dir)
-                .map_err(failed("read the descriptors"))?;
             // Only tasks of equal mappings can share them; asking for each pair costs too much.
             let shares = |(other, theirs): &(u32, String)| {
                 *theirs == text && sys::same_memory(*other, task.pid) == Some(true)
             };
-            if text.is_empty() || read.iter().any(shares) {
-                continue;
+            if !read.iter().any(shares) {
+                read.push((task.pid, text));
+                self.task(scanner, task, &dir, &mappings)?;
             }
-            read.push((task.pid, text));
-            self.task(scanner, task, dir, &mappings)?;
-        }
-        for (id, segment) in segments.into_all() {
-            self.segment(id, segment, tasks[0].0.pid)?;
+            self.segments(&dir, &mappings, &mut segments)?;
+            if self.pass.stopped {
+                break;
+            }
         }
         Ok(())
     }
@@ -262,11 +251,17 @@ impl Running<'_> {
         let Some((mem, pagemap)) = unless_gone(opened).map_err(failed)? else {
             return Ok(());
         };
-        let private: Vec<_> = maps
+        let mut private: Vec<_> = maps
             .iter()
             .filter(|mapping| mapping.holds_private_pages())
             .map(Mapping::range)
             .collect();
+        let is_vast = |range: &Range<u64>| range.end - range.start >= VAST_BYTES;
+        if scanner.method() == Method::Pagemap && private.iter().any(is_vast) {
+            let smaps = unless_gone(dir.text("smaps")).map_err(failed)?;
+            let empty = maps::empty_ones(&smaps.unwrap_or_default());
+            private.retain(|range| !(is_vast(range) && empty.contains(&range.start)));
+        }
         let space = Space {
             name: PagemapName::Task(task.vpid.into()),
             pid: task.pid,
@@ -291,19 +286,40 @@ impl Running<'_> {
         self.finish(&space, gatherer)
     }
 
-    fn segment(&mut self, id: u64, segment: Segment, pid: u32) -> Result<(), LiveError> {
+    /// Reads the segments that a task maps or has open, and that no task before it had.
+    fn segments(
+        &mut self,
+        dir: &ProcDir,
+        maps: &[Mapping],
+        segments: &mut Segments,
+    ) -> Result<(), LiveError> {
+        let failed = |error| LiveError::of("open a shared segment", dir.pid, error);
+        for mapping in maps {
+            if let Some(segment) = segments.of_mapping(dir, mapping).map_err(failed)? {
+                self.segment(segment, dir.pid)?;
+            }
+        }
+        let descriptors = unless_gone(dir.numbers("fd")).map_err(failed)?;
+        for number in descriptors.unwrap_or_default() {
+            if let Some(segment) = segments.of_descriptor(dir, number).map_err(failed)? {
+                self.segment(segment, dir.pid)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn segment(&mut self, segment: Segment, pid: u32) -> Result<(), LiveError> {
         if self.pass.stopped {
             return Ok(());
         }
         let failed = |error| LiveError::of("find the data of a shared segment", pid, error);
         let page = self.page.bytes();
-        let size = segment.size;
         let space = Space {
-            name: PagemapName::Shmem(id),
+            name: PagemapName::Shmem(segment.id),
             pid,
-            file: Arc::new(segment.file.try_clone().map_err(failed)?),
+            file: Arc::clone(&segment.file),
             is_segment: true,
-            mappings: std::iter::once(0..size.next_multiple_of(page)).collect(),
+            mappings: std::iter::once(0..segment.size.next_multiple_of(page)).collect(),
         };
         self.pass.spaces.push(space.name);
         let mut gatherer = Gatherer::new(self.page);
@@ -438,6 +454,16 @@ impl Running<'_> {
     }
 }
 
+/// The directory and mappings of `task`, if its pid is still its own.
+fn mappings_of(task: &Task) -> io::Result<(ProcDir, String)> {
+    let dir = ProcDir::open(task.pid)?;
+    if dir.start_time()? != task.start_time {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    let text = dir.text("maps")?;
+    Ok((dir, text))
+}
+
 /// Collects ranges until a block is complete.
 struct Gatherer {
     block_bytes: u64,
@@ -477,12 +503,13 @@ impl Gatherer {
     }
 }
 
-/// Ranges that touch each other as one: fewer calls of the kernel.
+/// Ranges that touch each other as one: fewer calls of the kernel. Where two mappings became one
+/// while `maps` was read, the second is listed with the first inside it.
 fn joined(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut joined: Vec<Range<u64>> = Vec::new();
     for range in ranges {
         match joined.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
             _ => joined.push(range.clone()),
         }
     }
@@ -495,4 +522,43 @@ fn joined(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
 )]
 fn now() -> Instant {
     Instant::now()
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(
+        clippy::single_range_in_vec_init,
+        reason = "one piece is what is meant"
+    )]
+
+    use super::*;
+
+    /// The kernel lists what there is when each piece of `maps` is read.
+    #[test]
+    fn mappings_that_were_listed_twice_are_read_once() {
+        let listed = [1..3, 3..5, 2..8, 9..10, 4..6, 12..13];
+        assert_eq!(joined(&listed), [1..8, 9..10, 12..13]);
+        assert_eq!(joined(&[1..9, 2..4, 9..10]), [1..10]);
+    }
+
+    #[test]
+    fn pieces_are_gathered_by_block() {
+        let page = PageSize::new(4096).unwrap();
+        let mut gatherer = Gatherer::new(page);
+        let mut blocks = Vec::new();
+        let at = |number: u64| number * page.bytes();
+        for (start, end) in [(1, 3), (3, 4), (10, 300), (700, 701)] {
+            gatherer.add(at(start)..at(end), &mut |pieces| {
+                blocks.push(pieces);
+                true
+            });
+        }
+        blocks.push(gatherer.pieces);
+        let expected = [
+            vec![at(1)..at(4), at(10)..at(256)],
+            vec![at(256)..at(300)],
+            vec![at(700)..at(701)],
+        ];
+        assert_eq!(blocks, expected);
+    }
 }

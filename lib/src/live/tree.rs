@@ -30,13 +30,7 @@ pub struct Task {
 ///
 /// Fails where `root` has ended, also where it waits as a zombie to be reaped.
 pub fn tree(root: u32) -> Result<Vec<Task>, LiveError> {
-    let walked = walk(root)?;
-    Ok(walked.into_iter().map(|(task, _)| task).collect())
-}
-
-/// The tree with the directory of each task, held open.
-pub(super) fn walk(root: u32) -> Result<Vec<(Task, ProcDir)>, LiveError> {
-    let mut found: Vec<(Task, ProcDir)> = Vec::new();
+    let mut found: Vec<Task> = Vec::new();
     let mut seen = BTreeSet::from([root]);
     let mut to_visit = vec![(root, None)];
     while let Some((pid, parent)) = to_visit.pop() {
@@ -51,10 +45,10 @@ pub(super) fn walk(root: u32) -> Result<Vec<(Task, ProcDir)>, LiveError> {
                 to_visit.push((child, Some(pid)));
             }
         }
-        found.push((task, dir));
+        found.push(task);
     }
     match found.first() {
-        Some((task, _)) if task.pid == root && !task.zombie => Ok(found),
+        Some(task) if task.pid == root && !task.zombie => Ok(found),
         _ => Err(LiveError::RootGone { pid: root }),
     }
 }

@@ -64,7 +64,7 @@ struct Curve {
 
 impl Curve {
     fn at(self, seconds: f64) -> f64 {
-        self.working_set * (1.0 - (-seconds / self.tau).exp())
+        self.working_set * share_within(seconds, self.tau)
     }
 }
 
@@ -111,7 +111,7 @@ impl Dirty {
         let curve = self.curve.or(self.sample.map(|(_, curve)| curve));
         match curve {
             Some(curve) => curve.at(seconds).min(memory),
-            None => memory * UNKNOWN_SHARE * seconds / (seconds + 1.0),
+            None => memory * UNKNOWN_SHARE * share_within(seconds, 1.0),
         }
     }
 
@@ -146,6 +146,11 @@ impl Dirty {
     }
 }
 
+/// Share of the working set that is dirty after `seconds`.
+fn share_within(seconds: f64, tau: f64) -> f64 {
+    -(-seconds.max(0.0) / tau).exp_m1()
+}
+
 /// The curve with the least weighted squared error of logarithms: an iteration that changed a
 /// hundredth of the others counts like them.
 fn fit(seen: &[Observation]) -> Curve {
@@ -173,7 +178,7 @@ fn error_with(seen: &[Observation], tau: f64) -> (f64, f64) {
     let (mut weights, mut sum, mut squares) = (0.0, 0.0, 0.0);
     let mut weight = 1.0;
     for observation in seen {
-        let shape = 1.0 - (-observation.seconds / tau).exp();
+        let shape = share_within(observation.seconds, tau);
         let log = (observation.bytes / shape).ln();
         weights += weight;
         sum += weight * log;

@@ -39,7 +39,8 @@ pub enum OnSlow {
     /// source. This holds with a deadline too: who asks for it prefers no migration to a slow one.
     Cancel,
     /// Go on in the hope of a quieter workload. Ends with giving up at the last iteration that is
-    /// allowed, or, where there is a deadline, with the latest freeze that meets it.
+    /// allowed, or, where there is a deadline, with the latest freeze that meets it. There is nothing
+    /// to wait for where CRIU alone takes longer than the target.
     Wait,
 }
 
@@ -180,7 +181,7 @@ impl fmt::Display for Why {
                 "--deadline cannot be met any more, not even by freezing now"
             }
             Self::TargetOutOfReach => {
-                "the workload writes faster than the link can follow for --downtime to be met"
+                "no further iteration would bring the downtime within --downtime"
             }
             Self::FreezeLimit => "the freeze would last longer than --freeze-limit",
         })
@@ -246,6 +247,6 @@ pub struct Prediction {
 
 /// `seconds` as a [`Duration`]; estimates that are negative or absurdly long become the nearest one.
 fn duration(seconds: f64) -> Duration {
-    const LONGEST: f64 = 1e9;
-    Duration::from_secs_f64(seconds.clamp(0.0, LONGEST))
+    const LONGEST: Duration = Duration::from_secs(1_000_000_000);
+    Duration::try_from_secs_f64(seconds.max(0.0)).map_or(LONGEST, |time| time.min(LONGEST))
 }

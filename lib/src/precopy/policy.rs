@@ -143,8 +143,8 @@ impl Policy {
         }
         match (target, self.goals.on_slow) {
             (Some(target), _) if self.lowest_ahead() <= target => self.unless_stalled(),
-            (Some(_), OnSlow::Wait) => Decision::Again,
-            (Some(_), OnSlow::Cancel) => self.cancel(),
+            (Some(target), OnSlow::Wait) => self.wait(target, downtime),
+            (Some(target), OnSlow::Cancel) => self.cancel(target),
             _ => self.while_it_pays(downtime),
         }
     }
@@ -152,15 +152,18 @@ impl Policy {
     /// Now or never, where a deadline says so.
     fn deadline_decides(&self) -> Option<Decision> {
         let deadline = self.goals.deadline?.as_secs_f64();
-        if !self.rates.link_is_known() {
-            return None;
-        }
         let now = self.reads.now;
         let outlook = self.outlook();
-        if now + outlook.downtime_at(now, Care::Hopeful) > deadline {
+        let known = self.rates.link_is_known();
+        let earliest = if known {
+            outlook.downtime_at(now, Care::Hopeful)
+        } else {
+            outlook.downtime(0.0, Care::Hopeful)
+        };
+        if now + earliest > deadline {
             return Some(Decision::GiveUp(Why::DeadlineOutOfReach));
         }
-        let late = outlook.latest_freeze(deadline, self.care()) <= now;
+        let late = known && outlook.latest_freeze(deadline, self.care()) <= now;
         late.then(|| self.too_late(Why::Deadline))
     }
 
@@ -179,7 +182,8 @@ impl Policy {
         };
         let downtime = self.outlook().downtime_at(self.reads.now, Care::Expected);
         let limit = limit.as_secs_f64();
-        let can_wait = why == Why::Deadline && self.left() > 0;
+        let patient = self.goals.deadline.is_some() || self.goals.on_slow == OnSlow::Wait;
+        let can_wait = patient && why != Why::TargetReached && self.left() > 0;
         if can_wait && downtime * LIMIT_DOUBT > limit {
             Decision::Again
         } else if downtime > limit {
@@ -221,11 +225,22 @@ impl Policy {
         }
     }
 
-    fn cancel(&self) -> Decision {
-        if self.dirty.observations() >= EVIDENCE {
+    fn cancel(&self, target: f64) -> Decision {
+        if self.dirty.observations() >= EVIDENCE || self.outlook().criu_alone() > target {
             Decision::GiveUp(Why::TargetOutOfReach)
         } else {
             Decision::Again
+        }
+    }
+
+    /// A quieter workload does not help where CRIU alone takes too long.
+    fn wait(&self, target: f64, downtime: f64) -> Decision {
+        if self.outlook().criu_alone() <= target {
+            Decision::Again
+        } else if self.goals.deadline.is_some() {
+            self.while_it_pays(downtime)
+        } else {
+            Decision::GiveUp(Why::TargetOutOfReach)
         }
     }
 

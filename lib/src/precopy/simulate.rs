@@ -189,9 +189,11 @@ impl World {
             let started = state.now;
             state.now += chunk_bytes / self.hash_rate;
             let (bytes, sent) = self.chunk(state.read[index], state.now);
-            let start = state.link_free.max(state.now);
-            state.link_free = self.link.done(start, sent);
-            busy += state.link_free - start;
+            // Pages go out while more of the chunk is read.
+            let start = state.link_free.max(started);
+            let done = self.link.done(start, sent);
+            busy += done - start;
+            state.link_free = done.max(state.now);
             let buffered = BUFFERED / self.link.rate;
             state.now = state.now.max(state.link_free - buffered);
             state.read[index] = Some(f64::midpoint(started, state.now));

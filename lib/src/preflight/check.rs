@@ -215,7 +215,7 @@ mod tests {
         assert!(check.found.len() <= limits::TEXT && check.found.ends_with('…'));
         assert_eq!(check.advice, "a [2Jb ");
         assert_eq!(
-            decode_checks(&encode_checks(&[check.clone()])),
+            decode_checks(&encode_checks(std::slice::from_ref(&check))),
             Ok(vec![check])
         );
     }

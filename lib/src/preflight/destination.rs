@@ -193,14 +193,18 @@ fn pids(facts: &Facts, found: &Found) -> Check {
     if tree.own_pid_namespace {
         return Check::passed(NAME, "the tree brings its own pid namespace");
     }
-    if let Some(max) = found.pid_max {
-        if let Some(id) = tree.tasks.iter().find(|&&id| id >= max) {
-            return Check::failed(
-                NAME,
-                format!("the tree has id {id}, the destination's ids end below {max}"),
-                "raise kernel.pid_max there",
-            );
-        }
+    let too_high = |max: u32| {
+        tree.tasks
+            .iter()
+            .find(move |&&id| id >= max)
+            .map(|id| (id, max))
+    };
+    if let Some((id, max)) = found.pid_max.and_then(too_high) {
+        return Check::failed(
+            NAME,
+            format!("the tree has id {id}, the destination's ids end below {max}"),
+            "raise kernel.pid_max there",
+        );
     }
     if found.taken.is_empty() && tree.tasks_left_out > 0 {
         let left_out = tree.tasks_left_out;

@@ -13,6 +13,7 @@ use super::survey::{
     Choices, Deleted, Process, Supervisor, Survey, container_of, docker_id, is_user_manager,
     restarts_children, unit_of,
 };
+use super::unix::peers_outside;
 
 /// What keeps the source from looking at its tree.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +76,11 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
     let supervisor = supervisor(root, &tree, &all);
     let mut host = this_host();
     host.criu = criu_version(&choices.criu);
+    let unix_peers = if reading.tree.own_net_namespace {
+        Vec::new()
+    } else {
+        peers_outside(&reading.inodes)
+    };
     let (in_flight, nftables) = (reading.sockets(), has_nftables(&choices.criu));
     Ok(Survey {
         facts: Facts {
@@ -92,6 +98,7 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
         shares_ipc: same_namespace(root, "ipc"),
         supervisor,
         in_flight,
+        unix_peers,
     })
 }
 
@@ -522,4 +529,153 @@ fn answer(command: &mut Command) -> Option<String> {
         .status
         .success()
         .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
+    use std::process::Child;
+
+    use super::*;
+
+    struct Running(Child);
+
+    impl Drop for Running {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn gathered(child: &Running) -> Survey {
+        let choices = Choices {
+            criu: "/nonexistent/criu".into(),
+            ..Choices::default()
+        };
+        gather(child.0.id(), &choices).expect("the child can be looked at")
+    }
+
+    #[test]
+    fn a_process_is_found_with_what_it_has_open() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let log = directory.path().join("log");
+        fs::write(&log, "four").expect("a file");
+        let append = OpenOptions::new()
+            .append(true)
+            .open(&log)
+            .expect("it can be opened");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let port = listener.local_addr().expect("its address").port();
+        let gone = directory.path().join("gone");
+        let deleted = fs::File::create(&gone).expect("a file");
+        fs::remove_file(&gone).expect("it is there");
+        let child = Command::new("sleep")
+            .arg("60")
+            .current_dir(directory.path())
+            .stdin(OwnedFd::from(listener))
+            .stdout(append)
+            .stderr(deleted)
+            .spawn();
+        let child = Running(child.expect("sleep can be run"));
+        // Until exec is done: the fork has this test's mappings.
+        while comm(child.0.id()) != "sleep" {
+            std::thread::yield_now();
+        }
+        let survey = gathered(&child);
+        let facts = &survey.facts;
+        let file = |path: &Path| {
+            facts
+                .files
+                .iter()
+                .find(|file| Path::new(&file.path) == path)
+        };
+        let log = file(&log).expect("the log is named");
+        assert!(log.size == 4 && log.grows && log.written, "{log:?}");
+        assert!(file(directory.path()).is_some_and(|file| file.mode & KIND == DIRECTORY));
+        let exe = fs::read_link(proc_path(child.0.id(), "exe")).expect("it runs");
+        let exe = file(&exe).expect("the program is named");
+        assert!(exe.size > 0 && !exe.written);
+        assert!(
+            facts.files.iter().any(|file| file.path.contains("libc")),
+            "{:?}",
+            facts.files
+        );
+        let listening = Socket {
+            address: [127, 0, 0, 1].into(),
+            port,
+            kind: SocketKind::Listening,
+        };
+        assert_eq!(facts.sockets, [listening]);
+        assert!(facts.tree.inet_sockets && facts.tree.connections == 0);
+        assert!(facts.tree.tasks.contains(&child.0.id()) && facts.tree.memory_bytes > 0);
+        assert!(!facts.tree.own_pid_namespace && !facts.tree.own_mount_namespace);
+        let process = &survey.processes[0];
+        assert_eq!(process.comm, "sleep");
+        assert!(
+            matches!(&process.deleted[..], [file] if Path::new(&file.path) == gone && !file.linked)
+        );
+        assert!(facts.host.criu.is_none() && !survey.nftables);
+        assert_eq!(Facts::decode(&facts.encode()).as_ref(), Ok(facts));
+    }
+
+    #[test]
+    fn a_connection_counts_once_and_needs_no_port() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let client = TcpStream::connect(listener.local_addr().expect("its address"));
+        let child = Command::new("sleep")
+            .arg("60")
+            .stdin(OwnedFd::from(client.expect("it is there")))
+            .spawn();
+        let child = Running(child.expect("sleep can be run"));
+        let survey = gathered(&child);
+        let connected = Socket {
+            address: [127, 0, 0, 1].into(),
+            port: 0,
+            kind: SocketKind::Connected,
+        };
+        assert_eq!(survey.facts.sockets, [connected]);
+        assert_eq!((survey.facts.tree.connections, survey.in_flight), (1, 0));
+    }
+
+    #[test]
+    fn children_belong_to_the_tree_and_shells_outside_do_not() {
+        let child = Command::new("sh").args(["-c", "sleep 60 & wait"]).spawn();
+        let mut child = Running(child.expect("sh can be run"));
+        let survey = loop {
+            let survey = gathered(&child);
+            if survey.processes.len() == 2 {
+                break survey;
+            }
+            std::thread::yield_now();
+        };
+        // The session and group are those of whoever started the test.
+        let ids: Vec<_> = survey.processes.iter().map(|process| process.pid).collect();
+        assert!(ids.iter().all(|id| survey.facts.tree.tasks.contains(id)));
+        let below = i32::try_from(ids[1])
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        let _ = rustix::process::kill_process(below.expect("a pid"), rustix::process::Signal::KILL);
+        let _ = child.0.wait();
+    }
+
+    #[test]
+    fn neither_itself_nor_nobody_can_be_moved() {
+        let choices = Choices::default();
+        assert!(matches!(
+            gather(std::process::id(), &choices),
+            Err(PreflightError::Own(_))
+        ));
+        assert!(matches!(
+            gather(u32::MAX, &choices),
+            Err(PreflightError::NoProcess(_))
+        ));
+    }
+
+    #[test]
+    fn ranges_are_written_as_in_map_files() {
+        assert_eq!(trimmed("00400000-00401000"), "400000-401000");
+        assert_eq!(trimmed("00000000-0f"), "0-f");
+    }
 }

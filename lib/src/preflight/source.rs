@@ -20,6 +20,7 @@ pub fn check_source(survey: &Survey) -> Vec<Check> {
         deleted_files(survey),
         file_locks(survey),
         shared_memory(survey),
+        unix_sockets(survey),
         connections(survey),
         network_lock(survey),
         supervisor(survey),
@@ -257,6 +258,44 @@ fn shared_memory(survey: &Survey) -> Check {
     }
 }
 
+fn unix_sockets(survey: &Survey) -> Check {
+    const NAME: &str = "UNIX sockets";
+    let choices = &survey.choices;
+    let shown = |datagram| {
+        let ends = survey
+            .unix_peers
+            .iter()
+            .filter(|peer| peer.datagram == datagram);
+        let mut names: Vec<_> = ends
+            .map(|peer| {
+                if peer.name.is_empty() {
+                    "one without a name"
+                } else {
+                    &peer.name
+                }
+            })
+            .collect();
+        names.truncate(8);
+        names.join(", ")
+    };
+    let (streams, datagrams) = (shown(false), shown(true));
+    if !streams.is_empty() {
+        let found = format!("connected to a process outside the tree: {streams}");
+        if choices.external {
+            return Check::warning(NAME, found, "--external must name each of them");
+        }
+        let advice = "let the program close them: output to the journal of systemd is such a socket \
+                      (StandardOutput=null or a file), so is a connection to D-Bus";
+        return Check::failed(NAME, found, advice);
+    }
+    if !datagrams.is_empty() && !choices.ext_unix_sk && !choices.external {
+        let found = format!("sends to a process outside the tree: {datagrams}");
+        let advice = "give --ext-unix-sk: the restored program then sends to the destination's";
+        return Check::failed(NAME, found, advice);
+    }
+    Check::passed(NAME, "none that CRIU would refuse")
+}
+
 fn connections(survey: &Survey) -> Check {
     const NAME: &str = "connections";
     let (count, choices) = (survey.facts.tree.connections, &survey.choices);
@@ -392,6 +431,7 @@ mod tests {
     use crate::preflight::check::Outcome::{self, Failed, Passed, Skipped, Warning};
     use crate::preflight::facts::sample;
     use crate::preflight::survey::Deleted;
+    use crate::preflight::unix::UnixPeer;
 
     fn survey() -> Survey {
         let root = Process {
@@ -559,6 +599,31 @@ mod tests {
             survey.shares_ipc = false;
         };
         assert_eq!(outcome("System V memory", own), Passed);
+    }
+
+    #[test]
+    fn unix_sockets_to_others_are_refused_or_need_an_option() {
+        let with = |datagram, change: fn(&mut Survey)| {
+            outcome("UNIX sockets", |survey| {
+                let name = "/run/systemd/journal/stdout".into();
+                survey.unix_peers = vec![UnixPeer { name, datagram }];
+                change(survey);
+            })
+        };
+        assert_eq!(with(false, |_| ()), Failed);
+        assert_eq!(
+            with(false, |survey| survey.choices.ext_unix_sk = true),
+            Failed
+        );
+        assert_eq!(
+            with(false, |survey| survey.choices.external = true),
+            Warning
+        );
+        assert_eq!(with(true, |_| ()), Failed);
+        assert_eq!(
+            with(true, |survey| survey.choices.ext_unix_sk = true),
+            Passed
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::facts::Facts;
+use super::unix::UnixPeer;
 
 /// Options of the migration that decide which checks apply, as they will reach CRIU: those of the
 /// command line and those of a configuration file for CRIU together.
@@ -73,6 +74,8 @@ pub struct Survey {
     pub supervisor: Option<Supervisor>,
     /// Connections that are only being made.
     pub in_flight: u32,
+    /// Other ends of the tree's UNIX sockets that are not in the tree.
+    pub unix_peers: Vec<UnixPeer>,
 }
 
 /// A process of the tree.

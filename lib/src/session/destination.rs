@@ -9,8 +9,8 @@ use crate::delta::{FileMeta, Manifest, ParentRef, Place, Recipe};
 use crate::digest::Digest;
 use crate::ticket::equal_in_constant_time;
 use crate::wire::{
-    BeginSet, BlockId, FrameHeader, Hello, Layout, Message, Op, Published, SegmentAt, VERSIONS,
-    Welcome, limits,
+    BeginSet, BlockId, FrameHeader, Hello, Layout, MIGRATION_VERSION, Message, Offer, Op,
+    Published, SegmentAt, Step, VERSIONS, Welcome, limits,
 };
 
 /// What the destination says of itself and asks of the source.
@@ -55,6 +55,9 @@ pub enum DestinationCommand {
     FindBlocks(SegmentAt, Vec<BlockId>),
     /// Store and publish; answer with `handle_stored`.
     Store(Box<StoreJob>),
+    /// A live migration is offered: all further messages are for
+    /// [`MigrationDestination`](super::migration::MigrationDestination).
+    Migrate(Box<Offer>),
 }
 
 #[derive(Debug)]
@@ -75,6 +78,7 @@ enum State {
 pub struct Destination {
     config: DestinationConfig,
     state: State,
+    version: u32,
     last_set: u32,
     commands: VecDeque<DestinationCommand>,
     liveness: Liveness,
@@ -86,6 +90,7 @@ impl Destination {
         Self {
             config,
             state: State::AwaitHello,
+            version: 0,
             last_set: 0,
             commands: VecDeque::new(),
             liveness: Liveness::new(now),
@@ -126,6 +131,12 @@ impl Destination {
         }
         self.state = match (std::mem::replace(&mut self.state, State::Failed), message) {
             (State::AwaitHello, Message::Hello(hello)) => self.greeted(&hello)?,
+            (State::AwaitQuery, Message::Migration(Step::Offer(offer)))
+                if self.version >= MIGRATION_VERSION =>
+            {
+                self.commands.push_back(DestinationCommand::Migrate(offer));
+                State::Failed
+            }
             (State::AwaitQuery, Message::QueryHeld(roots)) => {
                 self.commands
                     .push_back(DestinationCommand::FindRoots(roots));
@@ -283,6 +294,7 @@ impl Destination {
         {
             return Err(SessionError::Ticket);
         }
+        self.version = version;
         self.send(Message::Welcome(Welcome {
             version,
             software: self.config.software.clone(),

@@ -3,6 +3,7 @@
 //! They live here so that ordinary tests replay the committed corpus through the same code, and
 //! `fuzz/fuzz_targets/` has nothing but calls.
 
+use crate::criu::page_server::{BATCH_BYTES, Event, PageServer, PageServerError, Want};
 use crate::delta::codec::Decompressor;
 use crate::delta::{BlockRef, FileMeta, FileName, SetName};
 use crate::digest::Digest;
@@ -35,6 +36,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("store_index", store_index),
     ("session", session),
     ("preflight", preflight),
+    ("page_stream", page_stream),
 ];
 
 /// Records of an image: they follow one another without a gap and end with the file or an error.
@@ -92,6 +94,80 @@ pub fn inventory(data: &[u8]) {
         let _ = inventory.check_understood("inventory.img");
     }
     let _ = DumpStats::parse(data, "stats-dump");
+}
+
+/// The memory stream of a dumping CRIU, without its page data: runs ascend, batches are all of their
+/// run, and how the bytes were split changes nothing.
+pub fn page_stream(data: &[u8]) {
+    let Some((&size, stream)) = data.split_first() else {
+        return;
+    };
+    let page_size = PageSize::new(4096 << (size % 10)).expect("4 KiB to 2 MiB");
+    let whole = page_stream_events(stream, page_size, usize::MAX);
+    assert_eq!(page_stream_events(stream, page_size, 1), whole);
+}
+
+/// Events up to the end, and how it ended; header bytes are given `most` at a time.
+fn page_stream_events(
+    mut stream: &[u8],
+    page_size: PageSize,
+    most: usize,
+) -> (Vec<Event>, Result<(), PageServerError>) {
+    let mut server = PageServer::new(page_size);
+    let (mut events, mut at, mut end) = (Vec::new(), 0, 0);
+    // A run may be of 64 TiB, and this takes a call for each MiB.
+    let mut batches = 0;
+    loop {
+        match server.wants() {
+            Want::Header(missing) => {
+                assert_eq!(at, end, "bytes of a run are missing");
+                let count = missing.min(most).min(stream.len());
+                if count == 0 {
+                    return (events, server.end_of_stream());
+                }
+                let (taken, event) = match server.header(&stream[..count]) {
+                    Ok(taken) => taken,
+                    Err(error) => return (events, Err(error)),
+                };
+                assert_eq!(taken, count);
+                stream = &stream[count..];
+                let Some(event) = event else { continue };
+                match event {
+                    Event::Open { .. } => (at, end) = (0, 0),
+                    Event::Run { run, .. } => {
+                        assert!(run.pages > 0 && page_size.is_aligned(run.vaddr));
+                        assert!(run.vaddr >= end && run.end(page_size) > run.vaddr);
+                        end = run.end(page_size);
+                        at = if run.flags.is_present() {
+                            run.vaddr
+                        } else {
+                            end
+                        };
+                    }
+                    Event::Parent { .. } | Event::Close { .. } => {}
+                }
+                events.push(event);
+            }
+            Want::Batch(batch) => {
+                assert_eq!(batch.vaddr, at);
+                assert!(batch.pages == 1 || batch.len as u64 <= BATCH_BYTES);
+                at += batch.len as u64;
+                assert!(at <= end);
+                server.batch_read();
+                batches += 1;
+                if batches > 10_000 {
+                    return (events, Ok(()));
+                }
+            }
+            Want::Answer => {
+                let answered = server
+                    .answer_parent(true)
+                    .or_else(|_| server.answer_close(0));
+                assert!(answered.is_ok_and(|reply| !reply.as_ref().is_empty()));
+            }
+            Want::Nothing => return (events, server.end_of_stream()),
+        }
+    }
 }
 
 /// Control messages: what is taken can be sent on, and then stays what it is.

@@ -330,6 +330,7 @@ impl DestinationHost {
                 DestinationCommand::Prepare(begin, files) => {
                     return Ok(Some(DestinationOutput::Prepare(begin, files)));
                 }
+                DestinationCommand::Migrate(_) => unreachable!("nobody offers a tree here"),
                 DestinationCommand::Store(job) => {
                     assert_eq!(self.unwritten, 0, "stored before all was written");
                     return Ok(Some(DestinationOutput::Store(job)));

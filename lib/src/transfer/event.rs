@@ -62,13 +62,13 @@ pub enum Event {
     Storing,
     /// A set is visible.
     Received(Received),
-    /// A workload that was migrated here runs.
+    /// A process tree has come and runs.
     Restored {
         /// Name of the migration.
         name: String,
-        /// Its root process, as seen here.
+        /// Its root process.
         pid: u32,
-        /// Where it came from.
+        /// From where.
         address: SocketAddr,
     },
     /// A transfer ended early (on a destination, which goes on).

@@ -1,5 +1,9 @@
 //! The destination's driver.
 
+mod incoming;
+mod migration;
+mod orphans;
+mod restore;
 mod serve;
 mod staged;
 mod storing;
@@ -87,6 +91,9 @@ impl Receiver {
     /// Opens the directory and the sockets. Must be called inside a tokio runtime.
     pub fn bind(options: ReceiveOptions) -> Result<Self, TransferError> {
         let store = Store::open(&options.directory)?;
+        if options.restore.is_some() {
+            orphans::adopt();
+        }
         let lock = store.serve()?;
         let identity = match options.identity {
             Some(identity) => identity,

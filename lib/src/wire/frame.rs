@@ -172,12 +172,22 @@ pub fn encode_ops(ops: &[Op]) -> Vec<u8> {
     out
 }
 
-/// Reads the ops of a frame; they fill `bytes` exactly.
+/// Reads the ops of a frame of a set; they fill `bytes` exactly.
 pub fn decode_ops(bytes: &[u8]) -> Result<Vec<Op>, FrameError> {
+    decode(bytes, limits::BLOCKS_PER_FILE)
+}
+
+/// Reads the ops of a frame of a migration, whose blocks are numbered by address.
+pub fn decode_page_ops(bytes: &[u8]) -> Result<Vec<Op>, FrameError> {
+    decode(bytes, limits::PAGES)
+}
+
+// `blocks`: how many a file may have.
+fn decode(bytes: &[u8], blocks: u64) -> Result<Vec<Op>, FrameError> {
     let mut ops = Vec::new();
     let mut rest = bytes;
     while !rest.is_empty() {
-        let (op, len) = decode_op(rest)?;
+        let (op, len) = decode_op(rest, blocks)?;
         ops.push(op);
         rest = &rest[len..];
         if ops.len() > limits::FRAME_OPS {
@@ -187,7 +197,7 @@ pub fn decode_ops(bytes: &[u8]) -> Result<Vec<Op>, FrameError> {
     Ok(ops)
 }
 
-fn decode_op(bytes: &[u8]) -> Result<(Op, usize), FrameError> {
+fn decode_op(bytes: &[u8], limit: u64) -> Result<(Op, usize), FrameError> {
     let word = |at: usize| {
         let bytes = bytes.get(at..at + 4).ok_or(FrameError::Short)?;
         Ok(u32::from_le_bytes(bytes.try_into().expect("four bytes")))
@@ -206,7 +216,7 @@ fn decode_op(bytes: &[u8]) -> Result<(Op, usize), FrameError> {
                 block,
             };
             let end = from.block.checked_add(u64::from(blocks));
-            if from.file >= limits::FILES || end.is_none_or(|end| end > limits::BLOCKS_PER_FILE) {
+            if from.file >= limits::FILES || end.is_none_or(|end| end > limit) {
                 return Err(FrameError::Field("reference"));
             }
             (Op::Same(blocks, from), SAME_LEN)

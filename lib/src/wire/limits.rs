@@ -63,3 +63,6 @@ pub const OBJECTS: u32 = 1 << 18;
 
 /// Iterations of one migration.
 pub const ITERATIONS: u32 = 1000;
+
+/// Pages of an address space or segment: 64 bits of addresses in pages of 4 KiB.
+pub const PAGES: u64 = 1 << 52;

@@ -7,7 +7,9 @@ pub mod limits;
 mod message;
 mod migration;
 
-pub use frame::{Codec, FrameError, FrameHeader, HEADER_LEN, Op, decode_ops, encode_ops};
+pub use frame::{
+    Codec, FrameError, FrameHeader, HEADER_LEN, Op, decode_ops, decode_page_ops, encode_ops,
+};
 pub use message::{
     BeginSet, Failure, FailureCode, Hello, Layout, Message, Published, SegmentAt, Welcome,
     WireError,

@@ -205,6 +205,37 @@ fn a_userfaultfd_region_neither_blocks_nor_is_filled() {
     assert!(read.expect("the read blocks").is_err());
 }
 
+#[test]
+fn memory_that_two_processes_share_is_delivered_once() {
+    if !as_root() {
+        return;
+    }
+    let Some(workload) = Workload::start("sibling") else {
+        return;
+    };
+    let (pass, pages) = pass(&mut reader(workload.pid(), None));
+    assert_eq!(pass.tasks.len(), 2);
+    assert_eq!(pass.spaces, [workload.task()]);
+    let begin = workload.number("both", "address");
+    assert_eq!(indexes(&pages, workload.task(), begin, 16).len(), 16);
+}
+
+#[test]
+fn address_space_without_memory_costs_no_time() {
+    if !as_root() {
+        return;
+    }
+    let Some(workload) = Workload::start("reserved") else {
+        return;
+    };
+    for method in [None, Some(Method::Pagemap)] {
+        let (pass, pages) = pass(&mut reader(workload.pid(), method));
+        let begin = workload.number("used", "address");
+        assert_eq!(indexes(&pages, workload.task(), begin, 4).len(), 4);
+        assert!(pass.took < Duration::from_secs(1), "{method:?}: {pass:?}");
+    }
+}
+
 /// The segment behind a mapping of `workload`.
 fn segment(workload: &Workload, name: &str, pages: u64) -> String {
     let what = if name == "huge" { "shared" } else { "address" };

@@ -141,6 +141,29 @@ def swapped():
     return memory
 
 
+def sibling():
+    """Another process in the same address space."""
+    memory = anonymous("both", 16)
+    put(memory, "both", range(16))
+    stack = anonymous("stack", 16)
+    clone_vm = 0x100
+    top = ctypes.c_void_p(address(stack) + 16 * PAGE)
+    pid = checked(libc.clone(libc.pause, top, clone_vm | signal.SIGCHLD, None))
+    tell("both", address=address(memory), pid=pid)
+    return memory, stack
+
+
+def reserved():
+    """Much address space and little memory, as Go and Java have it."""
+    noreserve, size = 0x4000, 1 << 40
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve
+    memory = mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ)
+    used = anonymous("used", 4)
+    put(used, "used", range(4))
+    tell("used", address=address(used))
+    return memory, used
+
+
 def guarded():
     """A guard region among written pages (Linux 6.13); CRIU keeps it without content."""
     memory = anonymous("guarded", 8)
@@ -206,6 +229,10 @@ def main():
         keep = swapped()
     elif scenario == "huge":
         keep = huge()
+    elif scenario == "sibling":
+        keep = sibling()
+    elif scenario == "reserved":
+        keep = reserved()
     elif scenario == "churn":
         churn()
     publish()

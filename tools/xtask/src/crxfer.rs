@@ -44,6 +44,8 @@ pub(crate) const LAYOUTS: [&str; 3] = ["faithful", "incremental", "flat"];
 #[derive(Clone, Debug)]
 pub(crate) struct Crxfer {
     program: PathBuf,
+    /// Variables for what is started.
+    environment: Vec<(String, String)>,
 }
 
 impl Crxfer {
@@ -52,6 +54,7 @@ impl Crxfer {
         if let Some(program) = std::env::var_os("CRXFER_PROGRAM") {
             return Ok(Self {
                 program: program.into(),
+                environment: Vec::new(),
             });
         }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -63,7 +66,22 @@ impl Crxfer {
         )?;
         Ok(Self {
             program: run::target()?.join("release/crxfer"),
+            environment: Vec::new(),
         })
+    }
+
+    /// The same command, which gets a variable in its environment.
+    pub(crate) fn with_env(&self, name: &str, value: &str) -> Self {
+        let mut other = self.clone();
+        other.environment.push((name.to_owned(), value.to_owned()));
+        other
+    }
+
+    fn command(&self, place: Place<'_>) -> Command {
+        let mut command = place.command(&self.program);
+        let variables = self.environment.iter();
+        command.envs(variables.map(|(name, value)| (name.as_str(), value.as_str())));
+        command
     }
 
     /// Starts `crxfer recv` into `directory` and waits until it listens.
@@ -99,7 +117,7 @@ impl Crxfer {
         let (ticket, log) = (files.with_extension("ticket"), files.with_extension("log"));
         let _ = fs::remove_file(&ticket);
         let output = File::create(&log)?;
-        let mut command = place.command(&self.program);
+        let mut command = self.command(place);
         command
             .args(["recv", "--json", "--layout", layout, "--dir"])
             .arg(directory);
@@ -145,7 +163,7 @@ impl Crxfer {
         more: &[&str],
         mut on_line: impl FnMut(&Value),
     ) -> Result<Outcome> {
-        let mut command = place.command(&self.program);
+        let mut command = self.command(place);
         command
             .args(["send", "--json", "--name", name, "--to", to])
             .args(more)

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::criu::options::{CriuOptions, DumpOptions};
-use crate::criu::testing::{Tree, criu};
+use crate::criu::testing::{Tree, criu, eventually};
 use crate::criu::{CriuError, Stage, Verdict, Worker};
 use crate::image::PageFlags;
 
@@ -203,4 +203,198 @@ fn a_sink_that_refuses_makes_criu_fail_and_the_tree_run_on() {
     assert_eq!(served.expect("a session").status, 1);
     assert!(matches!(result, Err(CriuError::Failed(_))), "{result:?}");
     assert!(tree.counts());
+}
+
+/// Fails with the first pages, as a destination that is gone.
+struct Broken;
+
+impl PageSink for Broken {
+    fn open(&mut self, _: PagemapName) -> Result<bool, SinkError> {
+        Ok(false)
+    }
+
+    fn has_parent(&mut self, _: PagemapName) -> Result<bool, SinkError> {
+        Ok(false)
+    }
+
+    fn pages(&mut self, _: &Batch, _: Bytes) -> Result<(), SinkError> {
+        Err("the link is down".into())
+    }
+
+    fn elsewhere(&mut self, _: PagemapName, _: PageRun) -> Result<(), SinkError> {
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<i32, SinkError> {
+        Ok(0)
+    }
+}
+
+#[test]
+fn a_sink_that_fails_in_the_middle_ends_the_dump_at_once() {
+    let Some(criu) = criu() else { return };
+    let directory = tempfile::tempdir().expect("a scratch directory");
+    let images = File::open(directory.path()).expect("it opens");
+    let tree = Tree::start();
+    let (result, served) = dump_into(&mut Broken, &tree, &images, &criu);
+    assert!(matches!(served, Err(ServeError::Sink(_))), "{served:?}");
+    assert!(matches!(result, Err(CriuError::Failed(_))), "{result:?}");
+    assert!(tree.counts());
+}
+
+#[test]
+fn cancelling_while_nobody_reads_memory_resumes_the_tree_at_once() {
+    let Some(criu) = criu() else { return };
+    let directory = tempfile::tempdir().expect("a scratch directory");
+    let images = File::open(directory.path()).expect("it opens");
+    let tree = Tree::start();
+    let (ours, theirs) = socket_pair().expect("a pair");
+    let mut worker = Worker::start(&criu, Some(theirs), None).expect("criu starts");
+    worker.end_with(ours.try_clone().expect("a duplicate").into());
+    let canceller = worker.canceller();
+    let options = CriuOptions::default();
+    let mut options = DumpOptions::new(tree.pid(), images.as_fd(), images.as_fd(), options);
+    options.page_server = true;
+    let result = thread::scope(|scope| {
+        scope.spawn(|| {
+            // CRIU waits for the answer to its first OPEN2, the tree frozen.
+            assert!(eventually(|| tree.stands_still()));
+            canceller.cancel();
+        });
+        worker.dump(&options, &mut |_, _| Verdict::GoOn)
+    });
+    let cancelled = matches!(result, Err(CriuError::Cancelled { killed: false, .. }));
+    assert!(cancelled, "{result:?}");
+    assert!(tree.counts());
+}
+
+/// Takes memory and forgets it.
+#[derive(Debug)]
+struct Discard;
+
+impl PageSink for Discard {
+    fn open(&mut self, _: PagemapName) -> Result<bool, SinkError> {
+        Ok(false)
+    }
+
+    fn has_parent(&mut self, _: PagemapName) -> Result<bool, SinkError> {
+        Ok(false)
+    }
+
+    fn pages(&mut self, _: &Batch, _: Bytes) -> Result<(), SinkError> {
+        Ok(())
+    }
+
+    fn elsewhere(&mut self, _: PagemapName, _: PageRun) -> Result<(), SinkError> {
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<i32, SinkError> {
+        Ok(0)
+    }
+}
+
+/// A memcached with 2,500 values of 100 KB, killed at the end.
+struct Memcached(std::process::Child);
+
+impl Memcached {
+    fn start() -> Option<Self> {
+        use std::process::{Command, Stdio};
+        let child = Command::new("setsid")
+            .args([
+                "memcached",
+                "-u",
+                "root",
+                "-m",
+                "512",
+                "-l",
+                "127.0.0.1",
+                "-p",
+                "21917",
+            ])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let memcached = Self(child.ok()?);
+        let mut connection = (0..100).find_map(|_| {
+            thread::sleep(Duration::from_millis(20));
+            std::net::TcpStream::connect("127.0.0.1:21917").ok()
+        })?;
+        for key in 0..2500u32 {
+            let mut rng = crate::testing::Rng::new(key.into());
+            let mut command = format!("set {key} 0 0 102400\r\n").into_bytes();
+            command.extend(rng.bytes(102_400));
+            command.extend(b"\r\n");
+            connection.write_all(&command).ok()?;
+            let mut stored = [0; 8];
+            connection.read_exact(&mut stored).ok()?;
+        }
+        drop(connection);
+        thread::sleep(Duration::from_millis(500));
+        Some(memcached)
+    }
+}
+
+impl Drop for Memcached {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// From the request to post-dump, where the dump is refused.
+fn time_dump(criu: &std::path::Path, pid: u32, to_sink: bool) -> (Duration, u64) {
+    let directory = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
+    let images = File::open(directory.path()).expect("it opens");
+    let (mut ours, theirs) = socket_pair().expect("a pair");
+    let mut worker = Worker::start(criu, Some(theirs), None).expect("criu starts");
+    worker.probe().expect("criu answers");
+    let options = CriuOptions::default();
+    let mut options = DumpOptions::new(pid, images.as_fd(), images.as_fd(), options);
+    options.page_server = to_sink;
+    thread::scope(|scope| {
+        let server = to_sink.then(|| scope.spawn(|| serve(&mut ours, page_size(), &mut Discard)));
+        let (begin, mut took) = (now(), Duration::ZERO);
+        let result = worker.dump(&options, &mut |stage, _| {
+            if stage != Stage::PostDump {
+                return Verdict::GoOn;
+            }
+            took = begin.elapsed();
+            Verdict::Refuse
+        });
+        assert!(
+            matches!(result, Err(CriuError::Refused { .. })),
+            "{result:?}"
+        );
+        let served = server.map(|server| server.join().expect("no panic").expect("a session"));
+        (took, served.map_or(0, |served| served.bytes))
+    })
+}
+
+#[expect(clippy::disallowed_methods, reason = "a measurement")]
+fn now() -> std::time::Instant {
+    std::time::Instant::now()
+}
+
+#[test]
+#[ignore = "a measurement of several seconds; run it alone with --ignored --nocapture"]
+fn how_long_a_dump_takes_into_a_socket_and_into_memory() {
+    let Some(criu) = criu() else { return };
+    let Some(memcached) = Memcached::start() else {
+        println!("skipped: no memcached");
+        return;
+    };
+    let (mut sink, mut files) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let (took, bytes) = time_dump(&criu, memcached.0.id(), true);
+        println!("sink {took:?} {bytes} bytes");
+        sink.push(took);
+        let (took, _) = time_dump(&criu, memcached.0.id(), false);
+        println!("tmpfs {took:?}");
+        files.push(took);
+    }
+    sink.sort();
+    files.sort();
+    println!("medians: sink {:?}, tmpfs {:?}", sink[2], files[2]);
 }

@@ -173,7 +173,7 @@ pub struct PageServer {
 enum State {
     Header,
     /// The rest of a run whose bytes are in the stream.
-    Data(PageRun),
+    Data(PagemapName, PageRun),
     Asked(Question),
     Closed,
 }
@@ -206,9 +206,7 @@ impl PageServer {
     pub fn wants(&self) -> Want {
         match self.state {
             State::Header => Want::Header(self.headers.missing()),
-            State::Data(run) => self
-                .batch(run)
-                .map_or(Want::Header(self.headers.missing()), Want::Batch),
+            State::Data(space, run) => Want::Batch(self.batch(space, run)),
             State::Asked(_) => Want::Answer,
             State::Closed => Want::Nothing,
         }
@@ -228,16 +226,18 @@ impl PageServer {
 
     /// The wanted batch was read.
     pub fn batch_read(&mut self) {
-        let State::Data(run) = self.state else {
+        let State::Data(space, run) = self.state else {
             return;
         };
-        self.state = match self.batch(run) {
-            Some(batch) if batch.pages < run.pages => State::Data(PageRun {
-                vaddr: run.vaddr + batch.pages * self.page_size.bytes(),
-                pages: run.pages - batch.pages,
-                flags: run.flags,
-            }),
-            _ => State::Header,
+        let batch = self.batch(space, run);
+        let rest = PageRun {
+            vaddr: run.vaddr.saturating_add(batch.len as u64),
+            pages: run.pages - batch.pages,
+            flags: run.flags,
+        };
+        self.state = match rest.pages {
+            0 => State::Header,
+            _ => State::Data(space, rest),
         };
     }
 
@@ -276,7 +276,7 @@ impl PageServer {
     pub fn end_of_stream(&self) -> Result<(), PageServerError> {
         match self.state {
             State::Closed => Ok(()),
-            State::Data(_) => Err(PageServerError::Cut("inside a page")),
+            State::Data(..) => Err(PageServerError::Cut("inside a page")),
             State::Asked(_) => Err(PageServerError::Cut("before an answer")),
             State::Header if !self.headers.is_empty() => {
                 Err(PageServerError::Cut("inside a header"))
@@ -342,27 +342,26 @@ impl PageServer {
         }
         *end = run.end(page_size);
         if run.flags.is_present() {
-            self.state = State::Data(run);
+            self.state = State::Data(space, run);
         }
         Ok(Event::Run { space, run })
     }
 
     /// The next pages of `run`, up to the next multiple of [`BATCH_BYTES`].
-    fn batch(&self, run: PageRun) -> Option<Batch> {
-        let (space, ..) = self.open?;
+    fn batch(&self, space: PagemapName, run: PageRun) -> Batch {
+        let page_bytes = self.page_size.bytes();
         // A page may be larger than a batch.
-        let room =
-            (BATCH_BYTES - run.vaddr % BATCH_BYTES) >> self.page_size.bytes().trailing_zeros();
-        let pages = run.pages.min(room.max(1));
+        let room = ((BATCH_BYTES - run.vaddr % BATCH_BYTES) / page_bytes).max(1);
+        let pages = run.pages.min(room);
         let last = pages == run.pages;
-        Some(Batch {
+        Batch {
             space,
             vaddr: run.vaddr,
             pages,
             flags: run.flags,
-            len: usize::try_from(self.page_size.checked_bytes(pages)?).ok()?,
+            len: usize::try_from(pages * page_bytes).expect("at most one batch or one page"),
             header_follows: if last { self.headers.missing() } else { 0 },
-        })
+        }
     }
 }
 

@@ -3,12 +3,18 @@
 use super::*;
 
 use std::fs;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::thread;
 
-use crate::criu::options::{CriuOptions, Leave};
+use crate::criu::network_lock::remove_nftables_lock;
+use crate::criu::options::{CriuOptions, Leave, PreDumpOptions};
 use crate::criu::testing::{Tree, criu, eventually};
+use crate::image::Inventory;
+use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 
 /// Two directories, as a dump needs them.
@@ -48,6 +54,23 @@ impl Places {
 
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    /// Removes the network lock of the dump that is here; false if there is none.
+    fn remove_lock(&self) -> bool {
+        let Ok(bytes) = fs::read(self.path("images/inventory.img")) else {
+            return false;
+        };
+        let inventory = Inventory::parse(&bytes, "inventory.img").expect("CRIU wrote it");
+        let id = inventory.criu_run_id;
+        id.is_some_and(|id| remove_nftables_lock(&id).unwrap_or(false))
+    }
+}
+
+/// What a killed CRIU and a refused restore leave must not pile up on the host of the tests.
+impl Drop for Places {
+    fn drop(&mut self) {
+        self.remove_lock();
     }
 }
 
@@ -212,6 +235,82 @@ fn a_killed_worker_at_post_dump_leaves_the_tree_running() {
     });
     let killed = matches!(result, Err(CriuError::Cancelled { killed: true, .. }));
     assert!(killed, "{result:?}");
+    assert!(tree.counts());
+    if Command::new("nft").arg("--version").output().is_err() {
+        println!("partly skipped: there is no nft to remove the network lock with");
+        return;
+    }
+    assert!(places.remove_lock(), "its network lock stayed");
+    assert!(!places.remove_lock(), "and is gone");
+}
+
+#[test]
+fn a_pre_dump_is_made_or_refused_by_what_the_kernel_has() {
+    let Some(criu) = criu() else { return };
+    let places = Places::new();
+    let tree = Tree::start();
+    let mut worker = worker(&criu);
+    let tracked = worker.probe().expect("criu says what it can do").mem_track;
+    let result = worker.pre_dump(&PreDumpOptions {
+        pid: tree.pid(),
+        images: places.images.as_fd(),
+        work: places.work.as_fd(),
+        log_file: "pre-dump.log".into(),
+        parent: None,
+        page_server: false,
+        read_memory: false,
+        pidfd_store: None,
+        criu: CriuOptions::default(),
+    });
+    if tracked {
+        result.expect("a simple tree can be pre-dumped");
+    } else {
+        assert!(matches!(result, Err(CriuError::NoSoftDirty)), "{result:?}");
+    }
+    assert!(tree.counts());
+}
+
+#[test]
+fn open_connections_are_explained() {
+    let Some(criu) = criu() else { return };
+    let places = Places::new();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = listener.local_addr().expect("it is bound").port();
+    // A shell that holds a connection open, in a session of its own.
+    let script = format!("exec 5<>/dev/tcp/127.0.0.1/{port}; echo >&5; sleep 1000");
+    let mut child = Command::new("setsid")
+        .args(["bash", "-c", &script])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("bash starts");
+    let (mut connection, _) = listener.accept().expect("it connects");
+    connection.read_exact(&mut [0]).expect("it is ready");
+    let pid = child.id();
+    let result = worker(&criu).dump(&places.dump(pid), &mut |_, _| Verdict::GoOn);
+    // Its own child as well.
+    let group = Pid::from_child(&child);
+    let _ = rustix::process::kill_process_group(group, Signal::KILL);
+    child.wait().expect("our child can be reaped");
+    let text = result.expect_err("it has a connection").to_string();
+    assert!(text.contains("--tcp-established"), "{text}");
+}
+
+#[test]
+fn a_taken_pid_is_explained() {
+    let Some(criu) = criu() else { return };
+    let places = Places::new();
+    let tree = Tree::start();
+    let mut options = places.dump(tree.pid());
+    options.leave = Leave::Running;
+    worker(&criu)
+        .dump(&options, &mut |_, _| Verdict::GoOn)
+        .expect("the tree can be dumped");
+    // The original still has them.
+    let result = worker(&criu).restore(&places.restore(), &mut |_, _| Verdict::GoOn);
+    let text = result.expect_err("its pids are taken").to_string();
+    assert!(text.contains("has a pid that the tree needs"), "{text}");
     assert!(tree.counts());
 }
 

@@ -20,7 +20,7 @@ use crate::criu::page_client::{self, PageSink, SinkError};
 use crate::criu::page_server::Batch;
 use crate::criu::{Canceller, CriuError, CriuOptions, DumpOptions, Stage, Verdict, Worker};
 use crate::delta::{Compared, FileMeta, FileName, Outgoing, Record};
-use crate::image::{DumpStats, PageFlags, PageRun, PagemapName};
+use crate::image::{DumpStats, Inventory, PageFlags, PageRun, PagemapName};
 use crate::page::PageSize;
 use crate::transfer::clock::Clock;
 
@@ -40,10 +40,7 @@ pub(super) enum Moment {
     /// All images are written; the tree stays frozen until [`Frozen::end`].
     Held { at_ns: u64 },
     /// CRIU has ended: the tree is gone, or runs on.
-    Ended {
-        at_ns: u64,
-        result: Result<(), CriuError>,
-    },
+    Ended { result: Result<(), CriuError> },
 }
 
 /// A place for the images of one dump; removed with this, except for logs where CRIU failed.
@@ -84,6 +81,12 @@ impl DumpPlace {
         self.keep_logs = true;
     }
 
+    /// The id of the dump, by which CRIU names its network lock.
+    pub(super) fn run_id(&self) -> Option<String> {
+        let bytes = fs::read(self.images().join("inventory.img")).ok()?;
+        Inventory::parse(&bytes, "inventory.img").ok()?.criu_run_id
+    }
+
     /// CRIU's own figures, written when the dump has ended well.
     pub(super) fn stats(&self) -> Option<DumpStats> {
         let bytes = fs::read(self.root.join("stats-dump")).ok()?;
@@ -105,15 +108,12 @@ impl Drop for DumpPlace {
 pub(super) struct Frozen {
     verdict: blocking::Sender<Verdict>,
     canceller: Canceller,
-    socket: std::os::unix::net::UnixStream,
 }
 
 impl Frozen {
     /// How the dump ends: the tree is killed, or runs on.
     pub(super) fn end(&self, verdict: Verdict) {
         if verdict == Verdict::Refuse {
-            // CRIU looks at its own socket only at a stage, at this one all the time.
-            let _ = self.socket.shutdown(std::net::Shutdown::Both);
             self.canceller.cancel();
         }
         // Fails where the dump has ended already.
@@ -145,6 +145,13 @@ pub(super) fn prepare(program: &Path) -> Result<Prepared, CriuError> {
     })?;
     let mut worker = Worker::start(program, Some(theirs), None)?;
     worker.probe()?;
+    // CRIU looks at its own socket only at a stage, at this one while it dumps memory.
+    let copy = socket.try_clone().map_err(|source| CriuError::Io {
+        pid: worker.pid(),
+        action: "duplicate the socket for memory",
+        source,
+    })?;
+    worker.end_with(copy.into());
     Ok(Prepared { worker, socket })
 }
 
@@ -173,7 +180,6 @@ pub(super) fn freeze(
     let frozen = Frozen {
         verdict,
         canceller: worker.canceller(),
-        socket: socket.try_clone()?,
     };
     let (page, number) = (job.page, job.number);
     let memory = Memory {
@@ -231,10 +237,7 @@ fn dump(
         })
     };
     let result = run(&mut worker).map(drop);
-    tell(Moment::Ended {
-        at_ns: clock.now_ns(),
-        result,
-    });
+    tell(Moment::Ended { result });
 }
 
 fn take_memory(

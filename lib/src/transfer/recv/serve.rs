@@ -7,9 +7,9 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-use super::Shared;
 use super::staged::Staged;
 use super::storing::{prepare_set, store_set};
+use super::{Shared, migration};
 use crate::delta::FileMeta;
 use crate::digest::Digest;
 use crate::session::{Destination, DestinationCommand, DestinationConfig, SessionError, StoreJob};
@@ -21,8 +21,8 @@ use crate::transport::{
     BulkReceiver, Connection, ControlReceiver, ControlSender, HANDSHAKE_TIMEOUT, TransportError,
 };
 use crate::wire::{
-    BeginSet, BlockId, FrameHeader, HEADER_LEN, Message, Op, Published, WireError, decode_ops,
-    limits,
+    BeginSet, BlockId, FrameHeader, HEADER_LEN, Message, Offer, Op, Published, WireError,
+    decode_ops, limits,
 };
 
 /// Frames that were read from the streams and wait for a core: 8 MiB.
@@ -44,8 +44,18 @@ pub(super) async fn serve(
     let (control, messages) =
         begun.map_err(|_| SessionError::Silent(HANDSHAKE_TIMEOUT.as_secs()))??;
     let mut driver = Driver::new(&connection, shared.clone(), control);
-    let outcome = driver.run(messages).await;
+    let mut outcome = driver.run(messages).await;
     driver.keep_partial(outcome.as_ref().err());
+    if let (Ok(()), Some(offer)) = (&outcome, driver.offer.take()) {
+        outcome = migration::serve(
+            &connection,
+            shared.clone(),
+            &mut driver.control,
+            &mut driver.inputs,
+            *offer,
+        )
+        .await;
+    }
     match outcome {
         Ok(()) => Ok(()),
         Err(error) => {
@@ -98,6 +108,8 @@ struct Driver<'a> {
     staged: Option<Arc<Staged>>,
     held: Option<Arc<Held>>,
     done_bytes: u64,
+    // What follows is another protocol.
+    offer: Option<Box<Offer>>,
 }
 
 impl<'a> Driver<'a> {
@@ -129,6 +141,7 @@ impl<'a> Driver<'a> {
             staged: None,
             held: None,
             done_bytes: 0,
+            offer: None,
         }
     }
 
@@ -138,6 +151,9 @@ impl<'a> Driver<'a> {
         loop {
             while let Some(command) = self.destination.poll_command() {
                 self.carry_out(command).await?;
+            }
+            if self.offer.is_some() {
+                return Ok(());
             }
             let timeout = tokio::time::Instant::from_std(self.destination.poll_timeout());
             tokio::select! {
@@ -223,6 +239,7 @@ impl<'a> Driver<'a> {
                 self.destination.handle_blocks_found(at, &ids, &found)?;
             }
             DestinationCommand::Store(job) => self.store(job),
+            DestinationCommand::Migrate(offer) => self.offer = Some(offer),
         }
         Ok(())
     }

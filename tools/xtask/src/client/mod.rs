@@ -10,4 +10,4 @@ pub(crate) use echo::Connections;
 pub(crate) use poll::{Poller, Question};
 pub(crate) use store::{Protocol, Writer};
 pub(crate) use stream::Download;
-pub(crate) use timeline::{Gap, Latency, Timeline};
+pub(crate) use timeline::{Gap, Latency};

@@ -79,6 +79,14 @@ impl Poller {
         self.begin.elapsed()
     }
 
+    /// Time since the last answer from a host's own address.
+    pub(crate) fn silent_for(&self) -> Duration {
+        let answers = self.direct.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = answers.last().map_or(Duration::ZERO, |answer| answer.at);
+        drop(answers);
+        self.now().saturating_sub(last)
+    }
+
     /// Answers from the service address so far.
     pub(crate) fn service(&self) -> Timeline {
         copy(&self.service)
@@ -177,7 +185,7 @@ impl Asker {
             by,
         };
         note(
-            if id % 4 == 0 {
+            if id.is_multiple_of(4) {
                 &self.service
             } else {
                 &self.direct

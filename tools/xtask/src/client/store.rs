@@ -1,7 +1,7 @@
 //! A client that rewrites values all the time and remembers every one that the store acknowledged.
 
 use std::io::{BufRead, BufReader, BufWriter, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -98,7 +98,7 @@ fn write(
     stop: &Stop,
     count: &AtomicU64,
 ) -> Result<Written> {
-    let stream = TcpStream::connect((Ipv4Addr::from(SERVICE), protocol.port()))?;
+    let stream = TcpStream::connect((SERVICE, protocol.port()))?;
     stream.set_nodelay(true)?;
     // Longer than any move; shorter than a test.
     stream.set_read_timeout(Some(Duration::from_secs(120)))?;

@@ -44,7 +44,7 @@ impl Crxfer {
     ) -> Result<Migration> {
         let report = to.ticket.with_extension("report.json");
         let _ = fs::remove_file(&report);
-        let mut command = from.command(&self.program);
+        let mut command = self.command(Place::On(from));
         command
             .args(["migrate", "--json", "--pid", &pid.to_string()])
             .args(["--to", &to.target(), "--report"])
@@ -67,12 +67,6 @@ impl Migration {
                 ]
             })
             .collect()
-    }
-
-    /// Sets a variable in its environment.
-    pub(crate) fn with_env(mut self, name: &str, value: &str) -> Self {
-        self.command.env(name, value);
-        self
     }
 
     pub(crate) fn start(mut self) -> Result<Migrating> {
@@ -141,19 +135,16 @@ impl Migrating {
         }
         let code = status??.code();
         let message = self.collector.join().unwrap_or_default();
-        let mut events = Vec::new();
         for line in &self.lines {
-            let event: Value = serde_json::from_str(&line).with_context(|| {
+            serde_json::from_str::<Value>(&line).with_context(|| {
                 format!("crxfer migrate printed a line that is no JSON: {line}")
             })?;
-            events.push(event);
         }
         let report = fs::read_to_string(&self.report).ok();
         let report = report.map(|text| serde_json::from_str(&text)).transpose()?;
         Ok(Ended {
             code,
             message,
-            events,
             report,
         })
     }
@@ -164,8 +155,6 @@ impl Migrating {
 pub(crate) struct Ended {
     pub(crate) code: Option<i32>,
     pub(crate) message: String,
-    /// What it printed while it ran.
-    pub(crate) events: Vec<Value>,
     report: Option<Value>,
 }
 
@@ -305,11 +294,6 @@ impl Report {
             "iterations are numbered {numbers:?}"
         );
         Ok(())
-    }
-
-    /// Begin and end of the first phase whose name contains `part`.
-    pub(crate) fn phase(&self, part: &str) -> Option<&Phase> {
-        self.phases.iter().find(|phase| phase.name.contains(part))
     }
 }
 

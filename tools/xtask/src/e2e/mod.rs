@@ -3,6 +3,7 @@
 //! Each case has hosts and a directory of its own. Cases that need only root run where CRIU does not
 //! work; what is left out is said in one line.
 
+mod migrate;
 mod restore;
 mod trouble;
 mod volume;
@@ -72,6 +73,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     volume::cases(&context, &mut report);
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
+    migrate::cases(&context, &mut report);
     Ok(report.tally)
 }
 

@@ -184,6 +184,32 @@ impl Host {
     }
 }
 
+impl Host {
+    /// Has a program that does nothing take `pid` on this host.
+    pub(crate) fn occupy(&self, pid: u32) -> Result<()> {
+        let script = r#"echo $(($0 - 1)) >/proc/sys/kernel/ns_last_pid
+            setsid sleep 1000 </dev/null >/dev/null 2>&1 &
+            [ $! = $0 ]"#;
+        let pid = pid.to_string();
+        run::quiet(self.command("sh").args(["-c", script, &pid]))
+            .with_context(|| format!("cannot take pid {pid} on host {}", self.name))
+            .map(drop)
+    }
+
+    /// Hides the file `path` from all programs of this host.
+    pub(crate) fn hide(&self, path: &Path) -> Result<()> {
+        let mut command = self.command("mount");
+        run::quiet(command.args(["--bind", "/dev/null"]).arg(path)).map(drop)
+    }
+
+    /// Takes the line of this host away, or gives it back.
+    pub(crate) fn connect(&self, connected: bool) -> Result<()> {
+        let state = if connected { "up" } else { "down" };
+        let mut command = self.network_command("ip");
+        run::quiet(command.args(["link", "set", "eth0", state])).map(drop)
+    }
+}
+
 impl<T> Background<T> {
     /// Tells it to stop and gives what it found.
     pub(crate) fn finish(mut self) -> Result<T> {

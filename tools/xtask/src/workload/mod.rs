@@ -13,7 +13,7 @@ use anyhow::{Result, bail};
 pub(crate) use busy::BusyTree;
 pub(crate) use echo::Echo;
 pub(crate) use memcached::Memcached;
-pub(crate) use nginx::Nginx;
+pub(crate) use nginx::{Nginx, Streaming};
 pub(crate) use redis::Redis;
 pub(crate) use tree::Tree;
 pub(crate) use values::Values;

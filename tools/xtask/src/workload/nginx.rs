@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -29,6 +29,65 @@ http {
     }
 }
 ";
+
+/// One that streams a file slowly, and answers a short question.
+const STREAMING: &str = "
+daemon off; user root; worker_processes 1; pid DIR/nginx.pid; error_log /dev/null;
+events { worker_connections 64; }
+http {
+    access_log off; sendfile off; output_buffers 2 64k;
+    client_body_temp_path DIR/body; proxy_temp_path DIR/proxy; fastcgi_temp_path DIR/fastcgi;
+    uwsgi_temp_path DIR/uwsgi; scgi_temp_path DIR/scgi;
+    server {
+        listen 0.0.0.0:8088;
+        location / { root DIR; limit_rate RATE; }
+        location /here { return 200 here; }
+    }
+}
+";
+
+/// An nginx that streams one file.
+#[derive(Debug)]
+pub(crate) struct Streaming {
+    pub(crate) pid: u32,
+    /// Digest of the file.
+    pub(crate) digest: blake3::Hash,
+}
+
+impl Streaming {
+    pub(crate) const PORT: u16 = 8088;
+    pub(crate) const FILE: &'static str = "/stream";
+
+    /// Starts it on `host` with a file of `bytes`, of which a client gets `rate` a second.
+    pub(crate) fn start(host: &Host, directory: &Path, bytes: usize, rate: usize) -> Result<Self> {
+        let mut content = vec![0; bytes];
+        blake3::Hasher::new()
+            .update(b"stream")
+            .finalize_xof()
+            .fill(&mut content);
+        fs::write(directory.join(&Self::FILE[1..]), &content)?;
+        let program = run::find_program("nginx").context("nginx is not installed")?;
+        let place = directory
+            .to_str()
+            .context("the scratch directory has a strange name")?;
+        let file = directory.join("nginx.conf");
+        let text = STREAMING
+            .replace("DIR", place)
+            .replace("RATE", &rate.to_string());
+        fs::write(&file, text)?;
+        let file = file
+            .to_str()
+            .context("the scratch directory has a strange name")?;
+        let pid = host.start_workload(&program, &["-p", place, "-c", file])?;
+        run::wait_for("nginx to listen", Duration::from_secs(5), || {
+            host.listens_on(Self::PORT).then_some(())
+        })?;
+        Ok(Self {
+            pid,
+            digest: blake3::hash(&content),
+        })
+    }
+}
 
 /// An nginx whose count of requests is known.
 #[derive(Debug)]

@@ -107,9 +107,11 @@ impl Client {
             TcpStream::connect(("127.0.0.1", Redis::PORT)).ok()
         })?;
         output.set_read_timeout(Some(Duration::from_secs(20)))?;
+        // A value that does not fit in the buffer would wait for an acknowledgement in the middle.
+        output.set_nodelay(true)?;
         Ok(Self {
             input: BufReader::new(output.try_clone()?),
-            output: BufWriter::new(output),
+            output: BufWriter::with_capacity(1 << 17, output),
         })
     }
 

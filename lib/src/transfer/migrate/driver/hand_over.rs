@@ -1,0 +1,260 @@
+//! From the freeze to the end of the source's tree.
+
+use std::time::{Duration, Instant};
+
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::{Command, Driver, Event, Input, RESUME_TIME, ended};
+use crate::criu::{CriuError, Verdict, network_lock};
+use crate::delta::{Compared, Outgoing};
+use crate::hooks;
+use crate::transfer::costs;
+use crate::transfer::migrate::freeze::{self, DumpPlace, Job, Moment, Prepared};
+use crate::transfer::migrate::report::Outcome;
+use crate::transfer::migrate::{MigrateError, MigrateEvent};
+
+impl Driver<'_> {
+    /// From here on the tree stands still.
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+    pub(super) async fn freeze(
+        &mut self,
+        outgoing: Outgoing,
+        prepared: Prepared,
+    ) -> Result<Outgoing, MigrateError> {
+        let begun = self.clock.now_ns();
+        let number = self.session.prepare_final(Instant::now());
+        let place = DumpPlace::create(&self.options.work, &self.id.to_string());
+        let place = place.map_err(|source| MigrateError::Work {
+            path: self.options.work.clone(),
+            source,
+        })?;
+        let job = Job {
+            pid: self.options.pid,
+            number,
+            page: self.page,
+            criu: self.options.criu.clone(),
+            images: place.images(),
+            work: place.root().to_owned(),
+        };
+        self.place = Some(place);
+        self.until(|event| match event {
+            Event::Session(Command::Freeze) => Ok(()),
+            other => Err(other),
+        })
+        .await?;
+        self.phase("destination gets ready", begun, self.clock.now_ns());
+        let stream = self.stream.clone().expect("opened before the iterations");
+        let input = self.input.clone();
+        let tell = move |moment| {
+            let _ = input.send(Input::Freeze(moment));
+        };
+        self.session.frozen(Instant::now());
+        self.emit(MigrateEvent::Freezing);
+        let frozen = freeze::freeze(job, prepared, outgoing, stream, self.clock, tell);
+        self.frozen = Some(frozen.map_err(|source| MigrateError::Work {
+            path: "/proc/self".into(),
+            source,
+        })?);
+        self.dumped().await
+    }
+
+    // Until all of the dump is written and its memory on the stream.
+    pub(super) async fn dumped(&mut self) -> Result<Outgoing, MigrateError> {
+        let (mut outgoing, mut held, mut from) = (None, false, 0);
+        let mut hook: Option<JoinHandle<_>> = None;
+        while !held || outgoing.is_none() {
+            let moment = self.moment().await?;
+            match moment {
+                Moment::Freezing { at_ns } => (self.freezing_ns, from) = (at_ns, at_ns),
+                Moment::MemoryBegins { at_ns } => {
+                    self.phase("freeze the tree", from, at_ns);
+                    from = at_ns;
+                    hook = self.start_hook(hooks::Moment::AfterFreeze);
+                }
+                Moment::MemoryEnds {
+                    at_ns,
+                    outgoing: back,
+                    result,
+                } => {
+                    self.phase("dump and compare memory", from, at_ns);
+                    from = at_ns;
+                    match result {
+                        Ok(compared) => self.final_pages(compared),
+                        // CRIU's own error says more, and follows.
+                        Err(error) => return Err(self.criu_error(error).await),
+                    }
+                    outgoing = Some(*back);
+                }
+                Moment::Held { at_ns } => {
+                    self.phase("dump the rest", from, at_ns);
+                    let took = Duration::from_nanos(at_ns.saturating_sub(self.freezing_ns));
+                    costs::learn_dump(self.survey.facts.tree.memory_bytes, took);
+                    held = true;
+                }
+                Moment::Ended { result } => return Err(ended(result)),
+            }
+        }
+        if let Some(hook) = hook {
+            self.job(hook).await??;
+        }
+        Ok(outgoing.expect("the loop ends with it"))
+    }
+
+    pub(super) fn final_pages(&mut self, compared: Compared) {
+        self.report.dumped_pages = compared.pages;
+        self.report.final_changed_pages = compared.changed;
+        self.report.final_sent_pages = compared.sent;
+    }
+
+    // The memory stream broke: CRIU knows why, or it does not.
+    pub(super) async fn criu_error(&mut self, memory: String) -> MigrateError {
+        self.let_run();
+        loop {
+            match tokio::time::timeout(RESUME_TIME, self.moment()).await {
+                Ok(Ok(Moment::Ended {
+                    result: Err(error @ CriuError::Failed(_)),
+                    ..
+                })) => return error.into(),
+                Ok(Ok(Moment::Ended { .. })) | Err(_) => return MigrateError::Memory(memory),
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return error,
+            }
+        }
+    }
+
+    pub(super) async fn hand_over(&mut self, mut outgoing: Outgoing) -> Result<(), MigrateError> {
+        let begun = self.clock.now_ns();
+        let images = self.place.as_ref().expect("made before").images();
+        let stream = self.stream.clone().expect("opened before");
+        let (page, number) = (self.page, self.session.iteration());
+        let path = images.clone();
+        let sending = spawn_blocking(move || {
+            freeze::send_images(&path, page, number, &mut outgoing, &stream)
+        });
+        let sent = self.job(sending).await?;
+        sent.map_err(|source| MigrateError::Work {
+            path: images,
+            source,
+        })?;
+        self.session.end_final();
+        let sent_at = self.clock.now_ns();
+        self.phase("send the rest", begun, sent_at);
+        self.until(|event| match event {
+            Event::Session(Command::Built) => Ok(()),
+            other => Err(other),
+        })
+        .await?;
+        let built = self.clock.now_ns();
+        self.phase("wait for the copy", sent_at, built);
+        self.emit(MigrateEvent::Built);
+        self.hook(hooks::Moment::BeforeSourceKill).await?;
+        self.commit().await?;
+        self.phase("commit", built, self.clock.now_ns());
+        self.end_source().await;
+        Ok(())
+    }
+
+    // The point of no return. The tree stays frozen until the destination has said that its copy runs.
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+    pub(super) async fn commit(&mut self) -> Result<(), MigrateError> {
+        if *self.stop.borrow() {
+            return Err(MigrateError::Stopped);
+        }
+        self.may_stop = false;
+        if !self.session.commit(Instant::now()) {
+            return Err(MigrateError::Stopped);
+        }
+        let running = self.until(|event| match event {
+            Event::Session(Command::Running {
+                pid,
+                resumed_ns,
+                phases,
+                notes,
+            }) => Ok((pid, resumed_ns, phases, notes)),
+            other => Err(other),
+        });
+        let (pid, resumed_ns, phases, notes) = running.await?;
+        self.report.pid = Some(pid);
+        self.report.notes.extend(notes);
+        self.report.outcome = Outcome::Migrated;
+        self.resumed_ns = resumed_ns;
+        self.peer_phases = phases;
+        Ok(())
+    }
+
+    // The workload runs at the destination: whatever fails now is only reported.
+    pub(super) async fn end_source(&mut self) {
+        let begun = self.clock.now_ns();
+        if let Some(frozen) = &self.frozen {
+            frozen.end(Verdict::GoOn);
+        }
+        let ended = tokio::time::timeout(RESUME_TIME, async {
+            loop {
+                match self.moment().await {
+                    Ok(Moment::Ended { result }) => {
+                        return result.err().map(|it| it.to_string());
+                    }
+                    Ok(_) => {}
+                    Err(error) => return Some(error.to_string()),
+                }
+            }
+        });
+        let problem = match ended.await {
+            Ok(problem) => problem,
+            Err(_) => Some("CRIU does not end".to_owned()),
+        };
+        self.kill_what_is_left(problem).await;
+        self.phase("end the source's tree", begun, self.clock.now_ns());
+        self.report.criu_stats = self.place.as_ref().and_then(DumpPlace::stats);
+        if let Err(error) = self.hook(hooks::Moment::AfterCommit).await {
+            self.report.notes.push(error.to_string());
+        }
+        self.remove_lock().await;
+    }
+
+    // CRIU leaves its rules, which keep the kernel from resetting connections that have moved. They
+    // may go when the addresses have.
+    async fn remove_lock(&mut self) {
+        let tree = &self.survey.facts.tree;
+        let run_id = self.place.as_ref().and_then(DumpPlace::run_id);
+        let (Some(run_id), false) = (run_id, tree.own_net_namespace) else {
+            return;
+        };
+        let is_here = |address: &std::net::IpAddr| std::net::UdpSocket::bind((*address, 0)).is_ok();
+        let connections = tree.connections;
+        if connections > 0 && self.environment().addresses.iter().any(is_here) {
+            if let Ok(table) = network_lock::nftables_table(&run_id) {
+                self.report.notes.push(format!(
+                    "CRIU's network lock stays until the address has moved; then: nft delete table inet {table}"
+                ));
+            }
+            return;
+        }
+        let removing = spawn_blocking(move || network_lock::remove_nftables_lock(&run_id));
+        if let Ok(Err(error)) = removing.await
+            && connections > 0
+        {
+            self.report.notes.push(error.to_string());
+        }
+    }
+
+    // CRIU kills the tree when it ends well. Where it did not, the tree must not run on beside its copy.
+    pub(super) async fn kill_what_is_left(&mut self, problem: Option<String>) {
+        let Some(problem) = problem else { return };
+        let pids: Vec<u32> = self.survey.processes.iter().map(|it| it.pid).collect();
+        let killing = spawn_blocking(move || {
+            for pid in pids {
+                let pid = i32::try_from(pid)
+                    .ok()
+                    .and_then(rustix::process::Pid::from_raw);
+                if let Some(pid) = pid {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
+            }
+        });
+        let _ = killing.await;
+        self.report.notes.push(format!(
+            "CRIU did not end the tree here ({problem}); crxfer killed it"
+        ));
+    }
+}

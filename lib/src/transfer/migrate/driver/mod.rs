@@ -1,0 +1,389 @@
+//! The session around iterations and freeze.
+//!
+//! One task drives it: `events` waits for whatever comes next (messages, other threads, the clock,
+//! the operator), the others say what is done with it, in the order of a migration.
+
+mod ending;
+mod events;
+mod hand_over;
+mod precopy;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::freeze::{self, DumpPlace, Frozen, Moment};
+use super::report::{Host, MigrationReport, Outcome, PhaseReport};
+use super::stream::RecordStream;
+use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions};
+use crate::criu::{CriuError, CriuOptions};
+use crate::hooks;
+use crate::page::PageSize;
+use crate::precopy::{Costs, Decision, Goals, Policy};
+use crate::preflight::{self, Check, Choices, Survey};
+use crate::session::migration::{
+    ClockSamples, MigrationSource, MigrationSourceCommand as Command, Owner,
+};
+use crate::transfer::TransferError;
+use crate::transfer::clock::Clock;
+use crate::transfer::costs;
+use crate::transfer::send::{EndOnDrop, connect, source_config};
+use crate::transport::{CloseCode, Connection, ControlSender};
+use crate::wire::{Message, MigrationId, Offer, Phase, RestoreOptions};
+
+/// How long CRIU may take to let the tree run again.
+const RESUME_TIME: Duration = Duration::from_secs(10);
+
+/// Moves a running process tree to the destination, and returns when it runs there.
+///
+/// Must be called inside a tokio runtime. On a failure the tree runs on here, unless
+/// [`MigrateFailure::owner`] says otherwise. Do not drop the future: use
+/// [`MigrateOptions::stop`], so that the destination is cleaned up (a dropped future resumes the tree, too, where
+/// it was frozen).
+pub async fn migrate(options: MigrateOptions) -> Result<MigrationReport, MigrateFailure> {
+    let clock = Clock::start();
+    let untouched = |error: MigrateError| MigrateFailure {
+        error,
+        owner: Owner::Source,
+        untouched: true,
+        destination_is_clean: true,
+    };
+    let (pid, choices) = (options.pid, choices(&options));
+    let surveying = spawn_blocking(move || {
+        let survey = preflight::gather(pid, &choices)?;
+        let checks = preflight::check_source(&survey);
+        Ok::<_, preflight::PreflightError>((survey, checks))
+    });
+    let surveyed = surveying.await.expect("a survey does not panic");
+    let (survey, checks) = surveyed.map_err(|error| untouched(error.into()))?;
+    if !options.dry_run && !preflight::may_begin(&checks) {
+        return Err(untouched(MigrateError::Preflight(checks)));
+    }
+    let surveyed_at = clock.now_ns();
+    let connected = connect(&options.target, &options.identity, &options.transport).await;
+    let connection = connected.map_err(|error| untouched(error.into()))?;
+    let _ends_with_this = EndOnDrop(connection.clone());
+    let opened = connection.open_control().await;
+    let (control, messages) =
+        opened.map_err(|error| untouched(TransferError::from(error).into()))?;
+
+    let mut driver = Driver::new(&options, clock, survey, checks, &connection, control);
+    driver.phase("look at the tree", clock.begun_ns(), surveyed_at);
+    driver.phase("connect", surveyed_at, clock.now_ns());
+    let input = driver.input.clone();
+    tokio::spawn(events::read_messages(messages, input));
+    match driver.run().await {
+        Ok(()) => {
+            let report = driver.report();
+            connection.close_and_tell(CloseCode::Done, "").await;
+            Ok(report)
+        }
+        Err(error) => {
+            let failure = driver.give_up(error).await;
+            let code = match &failure.error {
+                MigrateError::Transfer(error) => error.close_code(),
+                MigrateError::Stopped => CloseCode::Cancelled,
+                _ => CloseCode::LocalFailure,
+            };
+            connection.close_and_tell(code, "").await;
+            Err(failure)
+        }
+    }
+}
+
+fn choices(options: &MigrateOptions) -> Choices {
+    let criu = &options.criu;
+    Choices {
+        force: options.force,
+        tcp_established: criu.tcp_established,
+        tcp_close: criu.tcp_close,
+        shell_job: criu.shell_job,
+        file_locks: criu.file_locks,
+        link_remap: criu.link_remap,
+        ext_unix_sk: criu.ext_unix_sk,
+        external: !criu.external.is_empty(),
+        kill_hook: options.hooks.has(hooks::Moment::BeforeSourceKill),
+        freeze_hook: options.hooks.has(hooks::Moment::AfterFreeze),
+        criu: options.program.clone(),
+        ..Choices::default()
+    }
+}
+
+fn restore_options(criu: &CriuOptions) -> RestoreOptions {
+    RestoreOptions {
+        tcp_established: criu.tcp_established,
+        shell_job: criu.shell_job,
+        file_locks: criu.file_locks,
+        link_remap: criu.link_remap,
+        ext_unix_sk: criu.ext_unix_sk,
+        tcp_close: criu.tcp_close,
+        external: criu.external.clone(),
+        manage_cgroups: criu
+            .manage_cgroups
+            .map(|mode| mode.as_str().to_owned())
+            .unwrap_or_default(),
+    }
+}
+
+enum Input {
+    Message(Message),
+    Ended(TransferError),
+    Freeze(Moment),
+}
+
+/// What the tree's dump waits for, in the order in which it comes.
+#[derive(Debug)]
+enum Event {
+    Session(Command),
+    Freeze(Moment),
+}
+
+/// Counters of the iteration under way, for progress.
+#[derive(Debug, Default)]
+struct Counted {
+    scanned: AtomicU64,
+    changed: AtomicU64,
+}
+
+struct Driver<'a> {
+    options: &'a MigrateOptions,
+    connection: &'a Connection,
+    clock: Clock,
+    id: MigrationId,
+    name: String,
+    page: PageSize,
+    survey: Survey,
+    session: MigrationSource,
+    control: ControlSender,
+    input: mpsc::UnboundedSender<Input>,
+    inputs: mpsc::UnboundedReceiver<Input>,
+    events: VecDeque<Event>,
+    stop: tokio::sync::watch::Receiver<bool>,
+    // After the commit it is too late to stop.
+    may_stop: bool,
+    samples: ClockSamples,
+    clock_asked: Duration,
+    clock_questions: u32,
+    policy: Policy,
+    // Of the iteration under way.
+    counted: Arc<Counted>,
+    iterating: Option<(u32, Duration, u64)>,
+    cut_short: Option<Decision>,
+    stream: Option<RecordStream>,
+    frozen: Option<Frozen>,
+    place: Option<DumpPlace>,
+    touched: bool,
+    peer_phases: Vec<Phase>,
+    phases: Vec<PhaseReport>,
+    report: MigrationReport,
+    freezing_ns: u64,
+    resumed_ns: u64,
+}
+
+impl<'a> Driver<'a> {
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+    fn new(
+        options: &'a MigrateOptions,
+        clock: Clock,
+        survey: Survey,
+        checks: Vec<Check>,
+        connection: &'a Connection,
+        control: ControlSender,
+    ) -> Self {
+        let mut id = MigrationId([0; 16]);
+        let random = rustix::rand::getrandom(&mut id.0, rustix::rand::GetRandomFlags::empty());
+        debug_assert_eq!(random, Ok(16));
+        let name = options.name.clone().unwrap_or_else(|| {
+            let comm = std::fs::read_to_string(format!("/proc/{}/comm", options.pid));
+            let comm = comm.unwrap_or_default();
+            format!("{}-{}", comm.trim(), options.pid)
+        });
+        let page = PageSize::of_host();
+        let offer = Offer {
+            id,
+            name: name.clone(),
+            page_size: page,
+            memory_bytes: survey.facts.tree.memory_bytes,
+            facts: survey.facts.encode(),
+            options: restore_options(&options.criu),
+            dry_run: options.dry_run,
+        };
+        let goals = Goals {
+            freeze_limit: Some(options.freeze_limit),
+            ..options.goals.clone()
+        };
+        let config = source_config(&options.target, connection);
+        let now = Instant::now();
+        let session = MigrationSource::new(config, offer, options.freeze_limit, now);
+        let (input, inputs) = mpsc::unbounded_channel();
+        let report = MigrationReport {
+            id,
+            name: name.clone(),
+            outcome: Outcome::Checked,
+            checks,
+            method: "",
+            iterations: Vec::new(),
+            why_frozen: None,
+            dumped_pages: 0,
+            final_changed_pages: 0,
+            final_sent_pages: 0,
+            downtime: None,
+            accuracy: None,
+            total: Duration::ZERO,
+            clock: None,
+            criu_stats: None,
+            phases: Vec::new(),
+            wire_bytes: (0, 0),
+            pid: None,
+            notes: Vec::new(),
+        };
+        Self {
+            options,
+            connection,
+            clock,
+            id,
+            name,
+            page,
+            survey,
+            session,
+            control,
+            input,
+            inputs,
+            events: VecDeque::new(),
+            stop: options.stop.clone(),
+            may_stop: true,
+            samples: ClockSamples::default(),
+            clock_asked: Duration::ZERO,
+            clock_questions: 0,
+            policy: Policy::new(goals, Costs::default()),
+            counted: Arc::default(),
+            iterating: None,
+            cut_short: None,
+            stream: None,
+            frozen: None,
+            place: None,
+            touched: false,
+            peer_phases: Vec::new(),
+            phases: Vec::new(),
+            report,
+            freezing_ns: 0,
+            resumed_ns: 0,
+        }
+    }
+
+    async fn run(&mut self) -> Result<(), MigrateError> {
+        if !self.offer().await? {
+            return Ok(());
+        }
+        self.touched = true;
+        self.hook(hooks::Moment::BeforeFirstIteration).await?;
+        let program = self.options.program.clone();
+        let preparing = spawn_blocking(move || freeze::prepare(&program));
+        let outgoing = self.iterations().await?;
+        self.hook(hooks::Moment::BeforeFreeze).await?;
+        let prepared = self.job(preparing).await??;
+        let outgoing = self.freeze(outgoing, prepared).await?;
+        self.hand_over(outgoing).await
+    }
+
+    // False where only this was wanted.
+    async fn offer(&mut self) -> Result<bool, MigrateError> {
+        let begun = self.clock.now_ns();
+        let offered = self
+            .until(|event| match event {
+                Event::Session(Command::Offered(offered)) => Ok(offered),
+                other => Err(other),
+            })
+            .await?;
+        self.phase("preflight", begun, self.clock.now_ns());
+        let theirs = preflight::decode_checks(&offered.checks)
+            .map_err(|_| crate::session::SessionError::Protocol("checks that cannot be read"))?;
+        self.report.checks.extend(theirs);
+        let checks = self.report.checks.clone();
+        self.emit(MigrateEvent::Preflight(checks.clone()));
+        if !preflight::may_begin(&checks) {
+            return Err(MigrateError::Preflight(checks));
+        }
+        if self.options.dry_run {
+            return Ok(false);
+        }
+        let memory = self.survey.facts.tree.memory_bytes;
+        self.policy.set_costs(Costs {
+            dump: costs::dump(memory),
+            restore: Duration::from_nanos(offered.restore_ns),
+            round_trip: self.connection.path().round_trip,
+        });
+        if let Some(warning) = self.policy.before_first(memory) {
+            self.emit(MigrateEvent::Warning(warning.to_string()));
+            self.report.notes.push(warning.to_string());
+        }
+        Ok(true)
+    }
+
+    fn phase(&mut self, name: &str, begin_ns: u64, end_ns: u64) {
+        let begun = self.clock.begun_ns();
+        self.phases.push(PhaseReport {
+            name: name.to_owned(),
+            host: Host::Source,
+            begin_ns: since(begin_ns, begun),
+            end_ns: since(end_ns, begun),
+        });
+    }
+
+    fn emit(&self, event: MigrateEvent) {
+        self.options.events.emit(event);
+    }
+
+    fn environment(&self) -> hooks::Environment {
+        let sockets = &self.survey.facts.sockets;
+        let mut addresses: Vec<_> = sockets
+            .iter()
+            .map(|socket| socket.address)
+            .filter(|address| !address.is_unspecified() && !address.is_loopback())
+            .collect();
+        addresses.dedup();
+        hooks::Environment {
+            migration: self.name.clone(),
+            pid: Some(self.options.pid),
+            peer: Some(self.connection.remote_address().ip()),
+            addresses,
+            images: self.place.as_ref().map(DumpPlace::images),
+            reason: None,
+        }
+    }
+
+    fn start_hook(
+        &self,
+        moment: hooks::Moment,
+    ) -> Option<JoinHandle<Result<Option<hooks::HookRun>, hooks::HookError>>> {
+        let hooks = self.options.hooks.clone();
+        let environment = self.environment();
+        hooks
+            .has(moment)
+            .then(|| spawn_blocking(move || hooks.run(moment, &environment)))
+    }
+
+    async fn hook(&mut self, moment: hooks::Moment) -> Result<(), MigrateError> {
+        let begun = self.clock.now_ns();
+        if let Some(hook) = self.start_hook(moment) {
+            self.job(hook).await??;
+            self.phase(&format!("hook {moment}"), begun, self.clock.now_ns());
+        }
+        Ok(())
+    }
+}
+
+fn ended(result: Result<(), CriuError>) -> MigrateError {
+    match result {
+        Err(error) => error.into(),
+        Ok(()) => MigrateError::Memory("CRIU ended before it was told to".to_owned()),
+    }
+}
+
+fn since(at_ns: u64, begun_ns: u64) -> i64 {
+    i64::try_from(i128::from(at_ns) - i128::from(begun_ns)).unwrap_or(i64::MAX)
+}

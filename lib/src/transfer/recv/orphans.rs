@@ -1,0 +1,153 @@
+//! Processes of restored trees: children of this process, because it is their subreaper.
+
+use std::fs;
+use std::sync::Once;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions};
+
+/// How often the dead are looked for.
+const EVERY: Duration = Duration::from_millis(200);
+
+/// Processes that lose their parent come to this one from now on: what CRIU leaves behind can be
+/// found and killed, and restored trees stay where they can be reaped.
+pub(super) fn adopt() {
+    // Fails on no kernel since 3.4.
+    let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
+}
+
+/// Reaps restored processes when they end, on a thread of its own, for as long as this process lives.
+pub(super) fn reap() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        let started = std::thread::Builder::new()
+            .name("reaper".to_owned())
+            .spawn(|| {
+                loop {
+                    reap_foreign();
+                    std::thread::sleep(EVERY);
+                }
+            });
+        if let Err(error) = started {
+            tracing::warn!("restored processes are not reaped: {error}");
+        }
+    });
+}
+
+// Own children (CRIU, hooks) are in the session of this process, and are waited for by whoever
+// started them; restored ones brought their session along.
+fn reap_foreign() {
+    let own = session_of(std::process::id());
+    for pid in children() {
+        if state_of(pid) == Some('Z') && session_of(pid) != own {
+            wait_for(pid);
+        }
+    }
+}
+
+fn wait_for(pid: u32) {
+    if let Some(pid) = to_pid(pid) {
+        let _ = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
+    }
+}
+
+/// Kills what is left of a copy with these pids; gives how many processes that were.
+pub(super) fn kill(tasks: &[u32]) -> usize {
+    let own = std::process::id();
+    let left: Vec<u32> = tasks
+        .iter()
+        .copied()
+        .filter(|&pid| pid != own && descends_from(pid, own))
+        .collect();
+    for &pid in &left {
+        if let Some(pid) = to_pid(pid) {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+    }
+    for &pid in &left {
+        if let Some(pid) = to_pid(pid) {
+            // Those that are children of others among them are reaped when their parents have gone.
+            let _ = rustix::process::waitid(WaitId::Pid(pid), WaitIdOptions::EXITED);
+        }
+    }
+    left.len()
+}
+
+fn descends_from(pid: u32, ancestor: u32) -> bool {
+    let mut at = pid;
+    // Deeper trees than this are not built from images.
+    for _ in 0..1024 {
+        match parent_of(at) {
+            Some(parent) if parent == ancestor => return true,
+            Some(parent) if parent > 1 => at = parent,
+            _ => return false,
+        }
+    }
+    false
+}
+
+fn children() -> Vec<u32> {
+    let threads = fs::read_dir("/proc/self/task")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let lists = threads.filter_map(|it| fs::read_to_string(it.path().join("children")).ok());
+    lists
+        .flat_map(|list| {
+            list.split_whitespace()
+                .filter_map(|pid| pid.parse().ok())
+                .collect::<Vec<u32>>()
+        })
+        .collect()
+}
+
+fn to_pid(pid: u32) -> Option<Pid> {
+    i32::try_from(pid).ok().and_then(Pid::from_raw)
+}
+
+fn state_of(pid: u32) -> Option<char> {
+    stat_field(pid, 0)?.chars().next()
+}
+
+fn parent_of(pid: u32) -> Option<u32> {
+    stat_field(pid, 1)?.parse().ok()
+}
+
+fn session_of(pid: u32) -> Option<u32> {
+    stat_field(pid, 3)?.parse().ok()
+}
+
+// Counted from the state, behind the name, which may hold anything.
+fn stat_field(pid: u32, index: usize) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(index).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn descent_is_followed_over_generations() {
+        let mut shell = Command::new("sh")
+            .args(["-c", "sleep 100 & echo $!; wait"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let output = shell.stdout.take().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(output), &mut line).unwrap();
+        let grandchild: u32 = line.trim().parse().unwrap();
+        let own = std::process::id();
+        assert!(descends_from(grandchild, own));
+        assert!(!descends_from(own, grandchild));
+        assert!(!descends_from(1, own));
+        let tasks = [grandchild, 1, own];
+        assert_eq!(kill(&tasks), 1);
+        let _ = shell.wait();
+        assert_eq!(parent_of(grandchild), None);
+    }
+}

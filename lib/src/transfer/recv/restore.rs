@@ -1,0 +1,132 @@
+//! CRIU's part on the destination: the copy is built, held, and let go or removed.
+
+use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc as blocking;
+
+use crate::criu::{
+    Canceller, CgroupMode, CriuError, CriuOptions, RestoreOptions, Stage, Verdict, Worker,
+};
+use crate::transfer::clock::Clock;
+use crate::wire;
+
+/// What happens during a restore, in order.
+#[derive(Debug)]
+pub(super) enum Moment {
+    /// The copy is built and held: it runs when [`Restoring::end`] says so.
+    Held { pid: u32, at_ns: u64 },
+    /// The copy was let go.
+    Resumed { at_ns: u64 },
+    /// CRIU has ended.
+    Ended { result: Result<u32, CriuError> },
+}
+
+/// A restore under way. Dropping it removes the copy, unless it was let go.
+#[derive(Debug)]
+pub(super) struct Restoring {
+    verdict: blocking::Sender<Verdict>,
+    canceller: Canceller,
+}
+
+impl Restoring {
+    pub(super) fn end(&self, verdict: Verdict) {
+        if verdict == Verdict::Refuse {
+            self.canceller.cancel();
+        }
+        // Fails where CRIU has ended already.
+        let _ = self.verdict.send(verdict);
+    }
+}
+
+impl Drop for Restoring {
+    fn drop(&mut self) {
+        self.end(Verdict::Refuse);
+    }
+}
+
+/// CRIU's options as the source asks for them, with this host's own file, which wins.
+pub(super) fn options(asked: &wire::RestoreOptions, config_file: Option<&Path>) -> CriuOptions {
+    CriuOptions {
+        tcp_established: asked.tcp_established,
+        shell_job: asked.shell_job,
+        file_locks: asked.file_locks,
+        link_remap: asked.link_remap,
+        ext_unix_sk: asked.ext_unix_sk,
+        tcp_close: asked.tcp_close,
+        external: asked.external.clone(),
+        manage_cgroups: CgroupMode::named(&asked.manage_cgroups),
+        config_file: config_file.map(Path::to_owned),
+        ..CriuOptions::default()
+    }
+}
+
+/// Starts CRIU and lets it look around.
+pub(super) fn prepare(program: &Path) -> Result<Worker, CriuError> {
+    let mut worker = Worker::start(program, None, None)?;
+    worker.probe()?;
+    Ok(worker)
+}
+
+/// Builds the copy from the images in `images`; logs go to `work`. Returns at once.
+pub(super) fn restore(
+    worker: Worker,
+    images: PathBuf,
+    work: PathBuf,
+    criu: CriuOptions,
+    clock: Clock,
+    tell: impl Fn(Moment) + Send + 'static,
+) -> std::io::Result<Restoring> {
+    let (verdict, verdicts) = blocking::channel();
+    let restoring = Restoring {
+        verdict,
+        canceller: worker.canceller(),
+    };
+    let run = move || {
+        let mut worker = worker;
+        let result = run(&mut worker, &images, &work, criu, clock, &verdicts, &tell);
+        tell(Moment::Ended { result });
+    };
+    std::thread::Builder::new()
+        .name("restore".to_owned())
+        .spawn(run)?;
+    Ok(restoring)
+}
+
+fn run(
+    worker: &mut Worker,
+    images: &Path,
+    work: &Path,
+    criu: CriuOptions,
+    clock: Clock,
+    verdicts: &blocking::Receiver<Verdict>,
+    tell: &impl Fn(Moment),
+) -> Result<u32, CriuError> {
+    let open = |path: &Path| {
+        File::open(path).map_err(|source| CriuError::Io {
+            pid: 0,
+            action: "open the directory of the images",
+            source,
+        })
+    };
+    let (images, work) = (open(images)?, open(work)?);
+    let options = RestoreOptions::new(images.as_fd(), work.as_fd(), criu);
+    let restored = worker.restore(&options, &mut |stage, pid| match stage {
+        Stage::PostRestore => {
+            tell(Moment::Held {
+                pid: pid.unwrap_or(0),
+                at_ns: clock.now_ns(),
+            });
+            // Whoever would answer is gone: no copy.
+            verdicts.recv().unwrap_or(Verdict::Refuse)
+        }
+        Stage::PostResume => {
+            tell(Moment::Resumed {
+                at_ns: clock.now_ns(),
+            });
+            Verdict::GoOn
+        }
+        _ => Verdict::GoOn,
+    })?;
+    Ok(restored.pid)
+}

@@ -1,0 +1,126 @@
+//! Programs that are moved while clients use them: one copy runs, with all that clients were told.
+
+mod programs;
+mod trouble;
+mod zdtm;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Context, Report, Scope};
+use crate::apt;
+use crate::crxfer::migrate::{Ended, Migrating, Migration};
+use crate::crxfer::{Place, Receiver};
+use crate::hosts::{Network, Rate};
+use crate::scratch::Scratch;
+use crate::stage::Stage;
+
+pub(super) fn cases(context: &Context, report: &mut Report) {
+    if context.criu.is_none() {
+        return;
+    }
+    let needed = [apt::MEMCACHED, apt::REDIS, apt::NGINX, apt::ARPING];
+    if let Err(error) = apt::ensure(&needed) {
+        return report.failed(&["migrate".to_owned()], &error);
+    }
+    programs::cases(context, report);
+    trouble::cases(context, report);
+    zdtm::cases(context, report);
+}
+
+/// A place for the destination's files, and the commands of both hosts.
+struct Mover<'a> {
+    context: &'a Context,
+    /// In memory: what arrives is restored at once.
+    memory: Scratch,
+}
+
+impl<'a> Mover<'a> {
+    fn new(context: &'a Context) -> Result<Self> {
+        Ok(Self {
+            context,
+            memory: Scratch::within(Path::new("/dev/shm"), "migrate")?,
+        })
+    }
+
+    /// Starts the destination on B, which moves the service address, too.
+    fn receive(&self, network: &Network) -> Result<Receiver> {
+        let hooks = Migration::hooks(network);
+        let hooks: Vec<&str> = hooks.iter().map(String::as_str).collect();
+        self.receive_with(network, &hooks)
+    }
+
+    /// Starts the destination on B with these options.
+    fn receive_with(&self, network: &Network, more: &[&str]) -> Result<Receiver> {
+        let place = Place::On(&network.hosts.b);
+        self.context
+            .crxfer
+            .await_migration(place, &self.received(), more)
+    }
+
+    fn received(&self) -> std::path::PathBuf {
+        self.memory.path().join("received")
+    }
+
+    fn start(
+        &self,
+        network: &Network,
+        pid: u32,
+        to: &Receiver,
+        more: &[&str],
+    ) -> Result<Migrating> {
+        self.context
+            .crxfer
+            .migrate(&network.hosts.a, pid, to, more)?
+            .start()
+    }
+
+    /// Moves process `pid` and gives how that ended.
+    fn run(&self, network: &Network, pid: u32, to: &Receiver, more: &[&str]) -> Result<Ended> {
+        self.start(network, pid, to, more)?.wait()
+    }
+
+    /// Moves process `pid`, whatever the destination said is part of an error.
+    fn migrate(
+        &self,
+        network: &Network,
+        pid: u32,
+        to: &Receiver,
+        more: &[&str],
+    ) -> Result<crate::crxfer::migrate::Report> {
+        let report = self
+            .run(network, pid, to, more)?
+            .migrated()
+            .with_context(|| format!("crxfer recv said:\n{}", to.said()))?;
+        network.withdraw(&network.hosts.a)?;
+        Ok(report)
+    }
+
+    /// Fails if an unfinished migration left a set behind that somebody might restore.
+    fn ensure_nothing_published(&self) -> Result<()> {
+        let entries = fs::read_dir(self.received()).into_iter().flatten();
+        let names: Vec<String> = entries
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| !name.starts_with('.'))
+            .collect();
+        ensure!(names.is_empty(), "left on the destination: {names:?}");
+        Ok(())
+    }
+}
+
+/// Memory of a store, in MB.
+fn mib(context: &Context) -> u64 {
+    if context.scope == Scope::Quick {
+        60
+    } else {
+        250
+    }
+}
+
+/// A small memcached behind a line of `rate`.
+fn small(rate: Rate) -> Result<Stage> {
+    Stage::start(rate, 60, 50)
+}
