@@ -39,7 +39,9 @@ pub(super) fn done(report: &MigrationReport) -> Value {
             "sent_pages": report.final_sent_pages,
         },
         "phases": report.phases.iter().map(phase).collect::<Vec<_>>(),
-        "wire_bytes": {"sent": report.wire_bytes.0, "received": report.wire_bytes.1},
+        "wire_bytes": report.wire_bytes.0 + report.wire_bytes.1,
+        "wire_sent_bytes": report.wire_bytes.0,
+        "wire_received_bytes": report.wire_bytes.1,
         "criu": report.criu_stats.map(|stats| json!({
             "frozen_ms": micros(stats.frozen_time),
             "freezing_ms": micros(stats.freezing_time),
@@ -163,8 +165,8 @@ mod tests {
         assert_eq!(
             keys(&value).join(" "),
             "event outcome id name downtime_ms downtime_error_ms total_ms predicted_downtime_ms \
-             iterations why_frozen final phases wire_bytes criu clock_offset_ms clock_error_ms pid \
-             method checks notes"
+             iterations why_frozen final phases wire_bytes wire_sent_bytes wire_received_bytes criu \
+             clock_offset_ms clock_error_ms pid method checks notes"
         );
         assert_eq!(
             keys(&value["iterations"][1]).join(" "),
