@@ -109,6 +109,9 @@ fn off_by(predicted: Duration, measured: Duration) -> String {
 fn clocks(clock: ClockOffset) -> String {
     let ahead = milliseconds(Duration::from_nanos(clock.ahead_ns.unsigned_abs()));
     let error = milliseconds(Duration::from_nanos(clock.error_ns));
+    if clock.ahead_ns.unsigned_abs() <= clock.error_ns {
+        return format!("the same on both hosts ± {error}");
+    }
     let where_to = if clock.ahead_ns < 0 {
         "behind"
     } else {
@@ -246,7 +249,10 @@ fn bar(begin: i64, end: i64, long: i64) -> String {
     let place = |at: i64| u128::from(at.clamp(0, long.max(0)).unsigned_abs()) * BAR;
     let first = (place(begin) / whole).min(BAR - 1);
     let last = place(end).div_ceil(whole).max(first + 1);
-    let is_seen = long > 0 && begin < long && end >= 0;
+    if long <= 0 {
+        return String::new();
+    }
+    let is_seen = begin < long && end >= 0;
     let cells = (0..BAR).map(|cell| {
         if is_seen && (first..last).contains(&cell) {
             '#'
