@@ -62,7 +62,7 @@ impl Exit {
         ),
         (
             Self::Destination,
-            "the destination refused or failed: its disk full, the name taken",
+            "the destination refused or failed: its disk full, the name taken, no --allow-restore",
         ),
         (
             Self::Content,
@@ -297,11 +297,17 @@ impl From<&SessionError> for Exit {
 }
 
 impl Exit {
-    // Where a tree is moved, what the destination cannot make a tree of is CRIU's failure.
+    // Where a tree is moved, what the destination cannot make a tree of is CRIU's failure, and who
+    // refuses does not do so for want of a connection.
     fn of_migration(error: &SessionError) -> Self {
-        match error {
-            SessionError::Peer(failure) if failure.code == FailureCode::Image => Self::Criu,
-            error => error.into(),
+        let peer = match error {
+            SessionError::Peer(failure) => Some(failure.code),
+            _ => None,
+        };
+        match peer {
+            Some(FailureCode::Image) => Self::Criu,
+            Some(FailureCode::Cancelled) => Self::Destination,
+            _ => error.into(),
         }
     }
 

@@ -60,7 +60,7 @@ async fn transfer(args: MigrateArgs) -> Result<MigrationReport, Failed> {
         target = find_target(&args) => target?,
         () = stop.asked() => return Err(Failed::Stopped),
     };
-    let progress = Arc::new(Progress::new(args.json, args.dry_run));
+    let progress = Arc::new(Progress::new(&args));
     let (stopping, stopped) = watch::channel(false);
     let options = options(&args, target, stopped, &progress)?;
     let mut migrating = pin!(migrate(options));

@@ -116,10 +116,6 @@ pub(crate) struct GoalArgs {
 /// What CRIU is told.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "CRIU")]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "CRIU's own switches, each independent"
-)]
 pub(crate) struct CriuArgs {
     /// The program
     #[arg(id = "criu", long = "criu", value_name = "PATH", default_value = "criu",

@@ -206,3 +206,43 @@ fn content_limits_and_versions() {
     assert_eq!(of(TransferError::Cancelled), Exit::Stopped);
     assert_eq!(of(TransportError::ClosedHere), Exit::Fault);
 }
+
+#[test]
+fn a_migrations_code_says_what_ended_it() {
+    use crxfer::criu::CriuError;
+    use crxfer::hooks::{HookError, Moment};
+    use crxfer::precopy::Why;
+
+    let ended = |error: MigrateError, owner| {
+        Exit::from(&MigrateFailure {
+            error,
+            owner,
+            untouched: false,
+            destination_is_clean: true,
+        })
+    };
+    let of = |error| ended(error, Owner::Source);
+    let session = |error: SessionError| of(TransferError::from(error).into());
+    let hook = HookError::TimedOut {
+        moment: Moment::AfterFreeze,
+        command: "sleep 9".into(),
+        limit: Duration::from_secs(5),
+        output: String::new(),
+    };
+    let limit = SessionError::FreezeLimit(Duration::from_secs(10));
+    assert_eq!(of(MigrateError::Preflight(Vec::new())).code(), 11);
+    assert_eq!(of(MigrateError::GivenUp(Why::Deadline)).code(), 12);
+    assert_eq!(of(CriuError::NoSocket { pid: 1 }.into()).code(), 13);
+    assert_eq!(of(MigrateError::Memory("cut".into())).code(), 13);
+    let there = SessionError::Peer(Failure::new(FailureCode::Image, "CRIU's restore failed"));
+    let refused = SessionError::Peer(Failure::new(FailureCode::Cancelled, "--allow-restore"));
+    assert_eq!(session(there).code(), 13);
+    assert_eq!(session(refused).code(), 7);
+    assert_eq!(ended(MigrateError::Stopped, Owner::InDoubt).code(), 14);
+    assert_eq!(of(hook.into()).code(), 15);
+    assert_eq!(session(limit).code(), 16);
+    assert_eq!(of(MigrateError::Stopped).code(), 130);
+    assert_eq!(of(PreflightError::NoProcess(7).into()).code(), 2);
+    assert_eq!(session(SessionError::Silent(9)).code(), 5);
+    assert_eq!(session(SessionError::Ticket).code(), 4);
+}

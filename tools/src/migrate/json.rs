@@ -39,7 +39,9 @@ pub(super) fn done(report: &MigrationReport) -> Value {
             "sent_pages": report.final_sent_pages,
         },
         "phases": report.phases.iter().map(phase).collect::<Vec<_>>(),
-        "wire_bytes": {"sent": report.wire_bytes.0, "received": report.wire_bytes.1},
+        "wire_bytes": report.wire_bytes.0 + report.wire_bytes.1,
+        "wire_sent_bytes": report.wire_bytes.0,
+        "wire_received_bytes": report.wire_bytes.1,
         "criu": report.criu_stats.map(|stats| json!({
             "frozen_ms": micros(stats.frozen_time),
             "freezing_ms": micros(stats.freezing_time),
@@ -145,4 +147,89 @@ fn micros(time: u32) -> f64 {
 fn signed(time: i64) -> f64 {
     let size = nanos(time.unsigned_abs());
     if time < 0 { -size } else { size }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migrate::report::tests::made_up;
+
+    fn keys(value: &Value) -> Vec<&str> {
+        let object = value.as_object().expect("an object");
+        object.keys().map(String::as_str).collect()
+    }
+
+    #[test]
+    fn the_report_has_the_keys_that_programs_count_on() {
+        let value = done(&made_up());
+        assert_eq!(
+            keys(&value).join(" "),
+            "event outcome id name downtime_ms downtime_error_ms total_ms predicted_downtime_ms \
+             iterations why_frozen final phases wire_bytes wire_sent_bytes wire_received_bytes criu \
+             clock_offset_ms clock_error_ms pid method checks notes"
+        );
+        assert_eq!(
+            keys(&value["iterations"][1]).join(" "),
+            "number scanned_pages changed_pages sent_pages stream_bytes duration_ms link_wait_ms \
+             destination_wait_ms destination_work_ms bytes_per_s dirty_bytes_per_s \
+             predicted_downtime_ms"
+        );
+        let expected = json!({"name": "store", "host": "destination", "begin_ms": 4720.0,
+            "end_ms": 4830.0});
+        assert_eq!(value["phases"][7], expected);
+        let expected = json!({"frozen_ms": 310.0, "freezing_ms": 1.2, "memdump_ms": 40.0,
+            "memwrite_ms": 35.0, "note": FROZEN_NOTE});
+        assert_eq!(value["criu"], expected);
+        let expected = json!({"dumped_pages": 62_400, "changed_pages": 320, "sent_pages": 318});
+        assert_eq!(value["final"], expected);
+        let expected = json!([{"name": "memory", "outcome": "warning", "found": "little",
+            "advice": "free some"}]);
+        assert_eq!(value["checks"], expected);
+    }
+
+    #[test]
+    fn times_are_fractional_milliseconds() {
+        let mut report = made_up();
+        report.downtime = Some(Duration::from_nanos(312_345_678));
+        let value = done(&report);
+        assert_eq!(value["downtime_ms"], 312.346);
+        assert_eq!(value["downtime_error_ms"], 0.25);
+        assert_eq!(value["clock_offset_ms"], -3000.0);
+        assert_eq!(value["predicted_downtime_ms"], 279.0);
+        assert_eq!(value["why_frozen"], "no-gain");
+        assert_eq!(value["outcome"], "migrated");
+    }
+
+    #[test]
+    fn what_was_not_measured_is_null() {
+        let mut report = made_up();
+        report.outcome = Outcome::Checked;
+        (report.downtime, report.accuracy, report.criu_stats) = (None, None, None);
+        let value = done(&report);
+        for key in [
+            "downtime_ms",
+            "downtime_error_ms",
+            "predicted_downtime_ms",
+            "criu",
+        ] {
+            assert_eq!(value[key], Value::Null, "{key}");
+        }
+        assert_eq!(value["outcome"], "checked");
+    }
+
+    #[test]
+    fn a_failure_says_whose_the_workload_is() {
+        let failure = crxfer::transfer::migrate::MigrateFailure {
+            error: MigrateError::Preflight(vec![Check::failed("pids", "taken", "free them")]),
+            owner: Owner::Source,
+            untouched: true,
+            destination_is_clean: true,
+        };
+        let value = error(&Failed::Migrate(Box::new(failure)));
+        assert_eq!(value["event"], "error");
+        assert_eq!(value["exit_code"], 11);
+        assert_eq!(value["workload"], "source");
+        assert_eq!(value["untouched"], true);
+        assert_eq!(value["checks"][0]["advice"], "free them");
+    }
 }

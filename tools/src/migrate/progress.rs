@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::{checks, json};
+use crate::args::MigrateArgs;
 use crate::output::{self, hint};
 use crate::size::{Bytes, seconds};
 
@@ -25,6 +26,7 @@ const DRAWS: u8 = 10;
 pub(super) struct Progress {
     json: bool,
     dry_run: bool,
+    pid: u32,
     bar: ProgressBar,
     begun: Instant,
     state: Mutex<State>,
@@ -44,8 +46,8 @@ impl Progress {
         clippy::disallowed_methods,
         reason = "the time to finish counts from here"
     )]
-    pub(super) fn new(json: bool, dry_run: bool) -> Self {
-        let bar = if json {
+    pub(super) fn new(args: &MigrateArgs) -> Self {
+        let bar = if args.json {
             ProgressBar::hidden()
         } else {
             // Draws nothing where stderr is no terminal.
@@ -55,8 +57,9 @@ impl Progress {
         let doing = "looking at the tree and at both hosts";
         bar.set_message(doing);
         Self {
-            json,
-            dry_run,
+            json: args.json,
+            dry_run: args.dry_run,
+            pid: args.pid,
             bar,
             begun: Instant::now(),
             state: Mutex::new(State {
@@ -174,9 +177,10 @@ impl Progress {
     fn in_doubt(&self, error: &str) {
         self.lock().in_doubt = true;
         self.doing("in doubt: waiting for you".to_owned());
-        let event = json!({"event": "in-doubt", "error": error, "advice": DOUBT.join(" ")});
+        let advice = doubt(self.pid);
+        let event = json!({"event": "in-doubt", "error": error, "advice": advice.join(" ")});
         let mut lines = vec![format!("crxfer: IN DOUBT: {error}")];
-        lines.extend(DOUBT.map(|text| format!("  {text}")));
+        lines.extend(advice.iter().map(|text| format!("  {text}")));
         self.say(&event, &lines);
     }
 
@@ -201,13 +205,18 @@ impl Progress {
     }
 }
 
-const DOUBT: [&str; 5] = [
-    "The destination was told to let the copy run, and has not answered. Nobody here knows whether it does;",
-    "the workload stands frozen here, so that it cannot run twice. Look at the destination:",
-    "- if it runs there, kill the frozen tree here with SIGKILL, then press Ctrl-C;",
-    "- if it does not and never will (stop that crxfer recv, kill what it left), press Ctrl-C: it runs on here.",
-    "Pressing Ctrl-C while the copy runs there makes it run twice.",
-];
+/// What is going on, and what to do, where nobody here knows whether the copy of `pid` runs.
+fn doubt(pid: u32) -> [String; 6] {
+    [
+        "The destination was told to let the copy run, and has not answered. It may run, or not.".into(),
+        format!("Process {pid} and its children stand frozen here, so that nothing runs twice. Look there"),
+        "(crxfer recv prints \"running\" when it runs; a client gets answers):".into(),
+        format!("- it runs there: end it here with `kill -KILL {pid}`, and its children; then press Ctrl-C."),
+        "- it does not: stop that crxfer recv, so that it never will; then press Ctrl-C: it runs on here."
+            .into(),
+        "Ctrl-C alone lets it run on here, even if the copy runs there, too.".into(),
+    ]
+}
 
 fn colour(on_stdout: bool) -> bool {
     let is_terminal = if on_stdout {
@@ -226,14 +235,15 @@ fn line(
     elapsed: Duration,
 ) -> String {
     let left = prediction.finish.saturating_sub(elapsed);
+    let percent = u128::from(scanned) * 100 / u128::from(memory.max(scanned).max(1));
+    // What matters most first: a narrow terminal cuts the end.
     format!(
-        "iteration {number}  {} of {}  dirty {}  link {}  downtime if frozen now {}  {} left",
-        Bytes(scanned),
+        "iteration {number}  {percent} % of {}  downtime {}  {} left  dirty {}  link {}",
         Bytes(memory.max(scanned)),
-        rate(prediction.dirty_bytes_per_s),
-        rate(prediction.link_bytes_per_s),
         milliseconds(prediction.downtime),
         seconds(left),
+        rate(prediction.dirty_bytes_per_s),
+        rate(prediction.link_bytes_per_s),
     )
 }
 
@@ -254,11 +264,12 @@ fn whole(number: f64) -> u64 {
     number.round() as u64
 }
 
-/// `312 ms`, and `14.3 s` where it is long.
+/// `0.25 ms`, `312 ms`, and `14.3 s` where it is long.
 pub(super) fn milliseconds(time: Duration) -> String {
     match time.as_millis() {
-        0..10 => format!("{:.1} ms", time.as_secs_f64() * 1e3),
-        10..10_000 => format!("{:.0} ms", time.as_secs_f64() * 1e3),
+        0 => format!("{:.2} ms", time.as_secs_f64() * 1e3),
+        1..10 => format!("{:.1} ms", time.as_secs_f64() * 1e3),
+        10..2_000 => format!("{:.0} ms", time.as_secs_f64() * 1e3),
         _ => seconds(time),
     }
 }
@@ -285,20 +296,35 @@ mod tests {
         };
         assert_eq!(
             line(2, 1 << 20, 4 << 20, &prediction, Duration::from_secs(6)),
-            "iteration 2  1.00 MiB of 4.00 MiB  dirty 5.00 MiB/s  link ?  \
-             downtime if frozen now 312 ms  14.0 s left"
+            "iteration 2  25 % of 4.00 MiB  downtime 312 ms  14.0 s left  dirty 5.00 MiB/s  link ?"
         );
         // More than was expected to be there, and later than expected.
         let late = line(2, 5 << 20, 4 << 20, &prediction, Duration::from_secs(60));
-        assert!(late.contains("5.00 MiB of 5.00 MiB") && late.ends_with("0.00 s left"));
+        assert!(late.contains("100 % of 5.00 MiB") && late.contains("0.00 s left"));
+        assert!(line(1, 0, 0, &prediction, Duration::ZERO).contains("0 % of 0 B"));
     }
 
     #[test]
     fn times_have_the_digits_that_matter() {
         let of = |micros| milliseconds(Duration::from_micros(micros));
+        assert_eq!(of(250), "0.25 ms");
         assert_eq!(of(1_234), "1.2 ms");
         assert_eq!(of(312_400), "312 ms");
         assert_eq!(of(14_300_000), "14.3 s");
+    }
+
+    #[test]
+    fn a_doubt_comes_with_what_to_do() {
+        let text = doubt(4711).join("\n");
+        for word in [
+            "4711",
+            "frozen",
+            "kill -KILL 4711",
+            "Ctrl-C",
+            "stop that crxfer recv",
+        ] {
+            assert!(text.contains(word), "{word} is not in {text}");
+        }
     }
 
     #[test]
