@@ -272,3 +272,6 @@ pub(super) fn open(
         Ok(Box::new(Live::open(pid, page, reader)?))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -331,3 +331,79 @@ impl PageSink for Memory<'_, '_> {
         Ok(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delta::Outgoing;
+    use crate::transfer::migrate::iterate::tests::Records;
+
+    const TASK: PagemapName = PagemapName::Task(7);
+
+    fn run(vaddr: u64, pages: u64, flags: PageFlags) -> PageRun {
+        PageRun {
+            vaddr,
+            pages,
+            flags,
+        }
+    }
+
+    fn batch(vaddr: u64) -> (Batch, Bytes) {
+        let batch = Batch {
+            space: TASK,
+            vaddr,
+            pages: 1,
+            flags: PageFlags::PRESENT,
+            len: 4096,
+            header_follows: 0,
+        };
+        (batch, Bytes::from(vec![1; 4096]))
+    }
+
+    #[test]
+    fn pages_that_never_came_are_noticed() {
+        let mut outgoing = Outgoing::new(PageSize::new(4096).unwrap());
+        let (records, progress) = (Records::default(), &mut |_, _| {});
+        let mut pass = Pass::begin(1, &mut outgoing, &records, progress);
+        let mut memory = Memory {
+            pass: &mut pass,
+            parent: BTreeSet::from([TASK]),
+            opened: BTreeSet::new(),
+            gap: None,
+            stopped: false,
+        };
+        assert!(memory.open(TASK).unwrap());
+        assert!(!memory.has_parent(PagemapName::Task(8)).unwrap());
+        let (first, bytes) = batch(4096);
+        memory.pages(&first, bytes).unwrap();
+        memory
+            .elsewhere(TASK, run(4096, 1, PageFlags::PARENT))
+            .unwrap();
+        assert_eq!(memory.gap, None);
+        memory
+            .elsewhere(TASK, run(4096, 2, PageFlags::PARENT))
+            .unwrap();
+        assert_eq!(memory.gap, Some((TASK, 8192)));
+        let lazy = PageFlags::from_bits(2).unwrap();
+        assert!(memory.elsewhere(TASK, run(8192, 1, lazy)).is_err());
+        assert_eq!(pass.covered, 4);
+    }
+
+    #[test]
+    fn a_stopped_iteration_ends_the_pre_dump() {
+        let mut outgoing = Outgoing::new(PageSize::new(4096).unwrap());
+        let (records, progress) = (Records::default(), &mut |_, _| {});
+        records.stop();
+        let mut pass = Pass::begin(1, &mut outgoing, &records, progress);
+        let mut memory = Memory {
+            pass: &mut pass,
+            parent: BTreeSet::new(),
+            opened: BTreeSet::new(),
+            gap: None,
+            stopped: false,
+        };
+        let (first, bytes) = batch(4096);
+        assert!(memory.pages(&first, bytes).is_err());
+        assert!(memory.stopped);
+    }
+}
