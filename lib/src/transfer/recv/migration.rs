@@ -43,7 +43,7 @@ pub(super) async fn serve(
 ) -> Result<(), TransferError> {
     let Some(host) = shared.restore.clone() else {
         let reason = "this `crxfer recv` takes images only; start it with --allow-restore to let process trees come and run here";
-        return Err(refused(reason));
+        return Err(refused(FailureCode::Refused, reason));
     };
     let facts = Facts::decode(&offer.facts)
         .map_err(|_| SessionError::Protocol("facts that cannot be read"))?;
@@ -51,8 +51,8 @@ pub(super) async fn serve(
     driver.run(control, inputs, happenings).await
 }
 
-fn refused(reason: impl Into<String>) -> TransferError {
-    SessionError::Local(Failure::new(FailureCode::Cancelled, reason)).into()
+fn refused(code: FailureCode, reason: impl Into<String>) -> TransferError {
+    SessionError::Local(Failure::new(code, reason)).into()
 }
 
 /// What other threads tell the driver.
@@ -148,6 +148,8 @@ impl<'a> Driver<'a> {
         if self.session.owner() == Owner::Destination {
             // Its copy runs, or is about to: that the source is gone changes nothing.
             self.await_release(&mut happenings).await;
+            // Only now: with --once the receiver ends, and the source should hear the last word.
+            self.shared.received.send_modify(|count| *count += 1);
             return Ok(());
         }
         self.remove(&mut happenings).await;
@@ -346,7 +348,7 @@ impl<'a> Driver<'a> {
                     host.hooks.run(hooks::Moment::AddressPrepare, &environment)
                 });
                 let hooked = hooked.await.expect("a hook does not panic");
-                hooked.map_err(|error| refused(error.to_string()))?;
+                hooked.map_err(|error| refused(FailureCode::Hook, error.to_string()))?;
                 let made = fs::DirBuilder::new().mode(0o700).create(&directory);
                 made.tried("create", &directory)?;
                 Ok(Box::new(worker))
@@ -381,7 +383,7 @@ impl<'a> Driver<'a> {
     }
 
     fn start_restore(&mut self, hook: Result<(), hooks::HookError>) -> Result<(), TransferError> {
-        hook.map_err(|error| refused(error.to_string()))?;
+        hook.map_err(|error| refused(FailureCode::Hook, error.to_string()))?;
         // It has gone with everything else where the source gave up meanwhile.
         let Some(worker) = self.prepared.take() else {
             return Ok(());
@@ -469,7 +471,6 @@ impl<'a> Driver<'a> {
         });
         self.later(hooks::Moment::AfterRestore);
         orphans::reap();
-        self.shared.received.send_modify(|count| *count += 1);
     }
 
     // A hook that nobody waits for.
@@ -587,5 +588,5 @@ fn failed(error: &CriuError) -> TransferError {
         }
     }
     let text = text.replace(char::is_control, " ");
-    SessionError::Local(Failure::new(FailureCode::Image, text)).into()
+    refused(FailureCode::Criu, text)
 }
