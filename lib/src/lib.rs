@@ -38,7 +38,7 @@
 //! directory, move the files that a program has open, or keep images secret once they are on a disk. A
 //! migration does not yet survive the crash of the program that drives it in the moment of the hand-over.
 //! A restored image is code that runs: take images only from hosts that you trust with that, and trees
-//! ([`ReceiveOptions::restore`](transfer::ReceiveOptions)) from nobody whom you would not make root.
+//! (`ReceiveOptions::restore`) from nobody whom you would not make root.
 //!
 //! # Example
 //!
