@@ -71,7 +71,7 @@ pub enum Event {
         /// Bytes written for it.
         bytes: u64,
     },
-    /// The dump is complete and checked, but not synced: see [`Standby::sync_final`].
+    /// The dump is complete and checked, but not synced: see [`sync_directory`].
     Complete {
         /// The directory to restore from.
         directory: PathBuf,
