@@ -105,6 +105,7 @@ fn options(
         name: args.name.as_ref().map(ToString::to_string),
         target,
         identity: key::of_source(args.link.identity.as_deref())?,
+        precopy: args.precopy.into(),
         goals: args.goals.to_goals(),
         freeze_limit: args.goals.freeze_limit,
         program: args.criu.program.clone(),

@@ -1,5 +1,6 @@
 //! Programs that are moved while clients use them: one copy runs, with all that clients were told.
 
+mod pre_dumps;
 mod programs;
 mod trouble;
 mod zdtm;
@@ -26,6 +27,7 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
         return report.failed(&["migrate".to_owned()], &error);
     }
     programs::cases(context, report);
+    pre_dumps::cases(context, report);
     trouble::cases(context, report);
     zdtm::cases(context, report);
 }
