@@ -417,10 +417,7 @@ impl<'a> Driver<'a> {
                     Ok(_) => {}
                     // After its release CRIU's complaints are about the network lock and the like.
                     Err(error) if self.released_ns > 0 => self.notes.push(error.to_string()),
-                    Err(error) => {
-                        self.keep_log();
-                        return Err(failed(&error));
-                    }
+                    Err(error) => return Err(failed(&self.with_kept_log(error))),
                 }
             }
         }
@@ -557,12 +554,16 @@ impl<'a> Driver<'a> {
     }
 
     // The operator needs it; the directory it is in will be gone.
-    fn keep_log(&self) {
-        let log = self.place.0.join("work").join("restore.log");
+    fn with_kept_log(&self, error: CriuError) -> CriuError {
+        let CriuError::Failed(mut failure) = error else {
+            return error;
+        };
         let kept = self.shared.store.state_path("restore.log");
-        if let Err(error) = fs::rename(&log, &kept) {
-            tracing::warn!("cannot keep {}: {error}", log.display());
+        match fs::rename(&failure.log, &kept) {
+            Ok(()) => failure.log = kept,
+            Err(error) => tracing::warn!("cannot keep {}: {error}", failure.log.display()),
         }
+        CriuError::Failed(failure)
     }
 }
 
@@ -580,13 +581,6 @@ fn check_images(directory: &std::path::Path) -> Result<(), TransferError> {
 }
 
 fn failed(error: &CriuError) -> TransferError {
-    let mut text = format!("at the destination: {error}");
-    if let CriuError::Failed(failure) = error {
-        for line in failure.lines.iter().take(3) {
-            text.push_str("; ");
-            text.push_str(line.trim());
-        }
-    }
-    let text = text.replace(char::is_control, " ");
+    let text = format!("at the destination: {error}").replace(char::is_control, " ");
     refused(FailureCode::Criu, text)
 }

@@ -88,7 +88,7 @@ impl Driver<'_> {
                     outgoing = Some(*back);
                 }
                 Moment::Held { at_ns } => {
-                    self.phase("dump the rest", from, at_ns);
+                    self.phase("dump the rest", from.min(at_ns), at_ns);
                     let took = Duration::from_nanos(at_ns.saturating_sub(self.freezing_ns));
                     // One that builds on a pre-dump says nothing about others.
                     if !self.is_chained {
