@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crxfer::image::ImageError;
-use crxfer::preflight::{Check, Outcome};
+use crxfer::preflight::Outcome;
 use crxfer::store::StoreError;
 use crxfer::transfer::TransferError;
 use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
@@ -94,7 +94,8 @@ fn migration(failure: &MigrateFailure) -> String {
     let (why, fate) = text.rsplit_once('\n').unwrap_or((&text, ""));
     let why = match &failure.error {
         MigrateError::Preflight(checks) => {
-            let failed = |check: &&Check| check.outcome == Outcome::Failed;
+            let failed =
+                |it: &&crxfer::transfer::migrate::HostCheck| it.check.outcome == Outcome::Failed;
             match checks.iter().filter(failed).count() {
                 1 => "a check failed".to_owned(),
                 count => format!("{count} checks failed"),

@@ -139,7 +139,6 @@ impl From<&MigrateFailure> for Exit {
             return Self::InDoubt;
         }
         match &failure.error {
-            MigrateError::Transfer(TransferError::Session(error)) => Self::of_migration(error),
             MigrateError::Transfer(error) => error.into(),
             MigrateError::Survey(PreflightError::NoProcess(_) | PreflightError::Own(_)) => {
                 Self::Usage
@@ -301,17 +300,6 @@ impl From<&SessionError> for Exit {
 impl Exit {
     // Where a tree is moved, what the destination cannot make a tree of is CRIU's failure, and who
     // refuses does not do so for want of a connection.
-    fn of_migration(error: &SessionError) -> Self {
-        let peer = match error {
-            SessionError::Peer(failure) => Some(failure.code),
-            _ => None,
-        };
-        match peer {
-            Some(FailureCode::Image) => Self::Criu,
-            Some(FailureCode::Cancelled) => Self::Destination,
-            _ => error.into(),
-        }
-    }
 
     /// For what the other side gave as its reason.
     fn of_peer(code: FailureCode) -> Self {
@@ -326,6 +314,9 @@ impl Exit {
             | FailureCode::Held
             | FailureCode::Internal => Self::Destination,
             FailureCode::Cancelled => Self::Connection,
+            FailureCode::Criu => Self::Criu,
+            FailureCode::Hook => Self::Hook,
+            FailureCode::Refused => Self::Destination,
         }
     }
 }

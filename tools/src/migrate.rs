@@ -114,7 +114,7 @@ fn options(
         force: args.force,
         dry_run: args.dry_run,
         bytes_per_s: args.link.bwlimit.map(|rate| rate.0),
-        read_bytes_per_s: args.link.read_limit.map(|rate| rate.0),
+        read_bytes_per_s: Some(args.link.read_limit.0),
         work: args.work.clone().unwrap_or_else(work_directory),
         transport: args.transport.to_options(),
         stop,

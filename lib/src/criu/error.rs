@@ -143,7 +143,10 @@ pub struct Failure {
     pub advice: Option<&'static str>,
 }
 
-/// Our sentence if there is one, else CRIU's words; then where to look.
+/// Lines of CRIU's log that an error quotes.
+const QUOTED: usize = 3;
+
+/// Our sentence if there is one, else CRIU's words; then where to look, and CRIU's first errors.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CRIU's {} failed: ", self.operation)?;
@@ -155,6 +158,10 @@ impl fmt::Display for Failure {
             (None, None, Some(errno)) => write!(f, "{errno}")?,
             (None, None, None) => f.write_str("it does not say why")?,
         }
-        write!(f, " (log: {})", self.log.display())
+        write!(f, " (log: {})", self.log.display())?;
+        let quoted = self.lines.iter().take(QUOTED);
+        quoted
+            .map(|line| line.trim())
+            .try_for_each(|line| write!(f, "\n  CRIU: {line}"))
     }
 }

@@ -178,9 +178,15 @@ pub enum FailureCode {
     Cancelled,
     /// A fault of the program.
     Internal,
+    /// CRIU failed on that side.
+    Criu,
+    /// A command of the operator's failed on that side.
+    Hook,
+    /// The operator of that side does not allow it.
+    Refused,
 }
 
-const FAILURE_CODES: [(FailureCode, v1::FailureCode); 11] = [
+const FAILURE_CODES: [(FailureCode, v1::FailureCode); 14] = [
     (FailureCode::Protocol, v1::FailureCode::FailureProtocol),
     (FailureCode::Version, v1::FailureCode::FailureVersion),
     (FailureCode::Ticket, v1::FailureCode::FailureTicket),
@@ -192,6 +198,9 @@ const FAILURE_CODES: [(FailureCode, v1::FailureCode); 11] = [
     (FailureCode::Held, v1::FailureCode::FailureHeld),
     (FailureCode::Cancelled, v1::FailureCode::FailureCancelled),
     (FailureCode::Internal, v1::FailureCode::FailureInternal),
+    (FailureCode::Criu, v1::FailureCode::FailureCriu),
+    (FailureCode::Hook, v1::FailureCode::FailureHook),
+    (FailureCode::Refused, v1::FailureCode::FailureRefused),
 ];
 
 /// The sender of this message gives up.

@@ -665,6 +665,12 @@ pub enum FailureCode {
     FailureHeld = 9,
     FailureCancelled = 10,
     FailureInternal = 11,
+    /// CRIU failed on that side
+    FailureCriu = 12,
+    /// a command of the operator's failed on that side
+    FailureHook = 13,
+    /// the operator of that side does not allow it
+    FailureRefused = 14,
 }
 impl FailureCode {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -685,6 +691,9 @@ impl FailureCode {
             Self::FailureHeld => "FAILURE_HELD",
             Self::FailureCancelled => "FAILURE_CANCELLED",
             Self::FailureInternal => "FAILURE_INTERNAL",
+            Self::FailureCriu => "FAILURE_CRIU",
+            Self::FailureHook => "FAILURE_HOOK",
+            Self::FailureRefused => "FAILURE_REFUSED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -702,6 +711,9 @@ impl FailureCode {
             "FAILURE_HELD" => Some(Self::FailureHeld),
             "FAILURE_CANCELLED" => Some(Self::FailureCancelled),
             "FAILURE_INTERNAL" => Some(Self::FailureInternal),
+            "FAILURE_CRIU" => Some(Self::FailureCriu),
+            "FAILURE_HOOK" => Some(Self::FailureHook),
+            "FAILURE_REFUSED" => Some(Self::FailureRefused),
             _ => None,
         }
     }

@@ -193,9 +193,10 @@ pub(crate) struct LinkArgs {
     #[arg(long, value_name = "RATE")]
     pub(crate) bwlimit: Option<Rate>,
 
-    /// Most bytes of memory read a second while the tree runs
-    #[arg(long, value_name = "RATE")]
-    pub(crate) read_limit: Option<Rate>,
+    /// Most bytes of memory read a second while the tree runs: reading takes a part of one core from
+    /// it
+    #[arg(long, value_name = "RATE", default_value = "1G")]
+    pub(crate) read_limit: Rate,
 
     /// Key of this host [default: crxfer/identity.pem in $XDG_STATE_HOME or ~/.local/state]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]

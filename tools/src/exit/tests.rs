@@ -234,9 +234,11 @@ fn a_migrations_code_says_what_ended_it() {
     assert_eq!(of(MigrateError::GivenUp(Why::Deadline)).code(), 12);
     assert_eq!(of(CriuError::NoSocket { pid: 1 }.into()).code(), 13);
     assert_eq!(of(MigrateError::Memory("cut".into())).code(), 13);
-    let there = SessionError::Peer(Failure::new(FailureCode::Image, "CRIU's restore failed"));
-    let refused = SessionError::Peer(Failure::new(FailureCode::Cancelled, "--allow-restore"));
+    let there = SessionError::Peer(Failure::new(FailureCode::Criu, "CRIU's restore failed"));
+    let refused = SessionError::Peer(Failure::new(FailureCode::Refused, "--allow-restore"));
+    let hook_there = SessionError::Peer(Failure::new(FailureCode::Hook, "hook failed"));
     assert_eq!(session(there).code(), 13);
+    assert_eq!(session(hook_there).code(), 15);
     assert_eq!(session(refused).code(), 7);
     assert_eq!(ended(MigrateError::Stopped, Owner::InDoubt).code(), 14);
     assert_eq!(of(hook.into()).code(), 15);

@@ -1,16 +1,21 @@
 //! What was checked before a migration, as a table.
 
-use crxfer::preflight::{Check, Outcome};
+use crxfer::preflight::Outcome;
+use crxfer::transfer::migrate::HostCheck;
 
 /// Lines for `checks`; with `all` also those that passed. Colours are for terminals.
-pub(super) fn lines(checks: &[Check], all: bool, colour: bool) -> Vec<String> {
+pub(super) fn lines(checks: &[HostCheck], all: bool, colour: bool) -> Vec<String> {
     let is_shown =
-        |check: &&Check| all || matches!(check.outcome, Outcome::Warning | Outcome::Failed);
+        |it: &&HostCheck| all || matches!(it.check.outcome, Outcome::Warning | Outcome::Failed);
     let shown: Vec<_> = checks.iter().filter(is_shown).collect();
-    let width = shown.iter().map(|check| check.name.chars().count()).max();
+    let width = shown.iter().map(|it| it.check.name.chars().count()).max();
     let width = width.unwrap_or(0);
     let mut lines = Vec::new();
-    for check in shown {
+    let mut last = None;
+    for HostCheck { host, check } in shown {
+        if last.replace(*host) != Some(*host) {
+            lines.push(format!("{}:", host.as_str()));
+        }
         let mark = mark(check.outcome, colour);
         let line = format!("{mark} {:width$}  {}", check.name, check.found);
         lines.push(line.trim_end().to_owned());
@@ -47,15 +52,25 @@ pub(super) fn word(outcome: Outcome) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use crxfer::preflight::Check;
+    use crxfer::transfer::migrate::Host;
+
     use super::*;
 
-    fn checks() -> [Check; 4] {
-        [
+    fn checks() -> Vec<HostCheck> {
+        let here = vec![
             Check::passed("criu", "4.2.1 on both"),
             Check::skipped("cpu", "not compared"),
             Check::warning("memory", "1.1 GiB free of 1 GiB needed", "free some"),
-            Check::failed("pids", "pid 7 is taken by sshd", "restart the receiver"),
-        ]
+        ];
+        let there = vec![Check::failed(
+            "pids",
+            "pid 7 is taken by sshd",
+            "restart the receiver",
+        )];
+        HostCheck::all(Host::Source, here)
+            .chain(HostCheck::all(Host::Destination, there))
+            .collect()
     }
 
     #[test]
@@ -63,10 +78,12 @@ mod tests {
         assert_eq!(
             lines(&checks(), true, false).join("\n"),
             "\
+source:
 ✓ criu    4.2.1 on both
 – cpu     not compared
 ! memory  1.1 GiB free of 1 GiB needed
           → free some
+destination:
 ✗ pids    pid 7 is taken by sshd
           → restart the receiver"
         );
@@ -75,14 +92,14 @@ mod tests {
     #[test]
     fn a_real_run_shows_only_what_matters() {
         let lines = lines(&checks(), false, false);
-        assert_eq!(lines.len(), 4);
-        assert!(lines[0].starts_with("! memory"));
+        assert_eq!(lines.len(), 6);
+        assert!(lines[1].starts_with("! memory"));
     }
 
     #[test]
     fn colour_is_only_for_terminals() {
         let plain = lines(&checks(), true, false).join("");
         assert!(!plain.contains('\x1b'));
-        assert!(lines(&checks(), true, true)[0].starts_with("\x1b[32m✓\x1b[0m criu"));
+        assert!(lines(&checks(), true, true)[1].starts_with("\x1b[32m✓\x1b[0m criu"));
     }
 }

@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use crxfer::precopy::Prediction;
-use crxfer::preflight::Check;
 use crxfer::session::migration::Owner;
 use crxfer::transfer::migrate::{
-    IterationReport, MigrateError, MigrationReport, Outcome, PhaseReport,
+    HostCheck, IterationReport, MigrateError, MigrationReport, Outcome, PhaseReport,
 };
 use serde_json::{Value, json};
 
@@ -83,9 +82,10 @@ pub(super) fn error(failed: &Failed) -> Value {
 }
 
 /// `checks` with their outcome in a word.
-pub(super) fn checks(checks: &[Check]) -> Vec<Value> {
-    let each = checks.iter().map(|check| {
+pub(super) fn checks(checks: &[HostCheck]) -> Vec<Value> {
+    let each = checks.iter().map(|HostCheck { host, check }| {
         json!({
+            "host": host.as_str(),
             "name": check.name,
             "outcome": word(check.outcome),
             "found": check.found,
@@ -152,6 +152,9 @@ fn signed(time: i64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use crxfer::preflight::Check;
+    use crxfer::transfer::migrate::Host;
+
     use super::*;
     use crate::migrate::report::tests::made_up;
 
@@ -183,7 +186,7 @@ mod tests {
         assert_eq!(value["criu"], expected);
         let expected = json!({"dumped_pages": 62_400, "changed_pages": 320, "sent_pages": 318});
         assert_eq!(value["final"], expected);
-        let expected = json!([{"name": "memory", "outcome": "warning", "found": "little",
+        let expected = json!([{"host": "destination", "name": "memory", "outcome": "warning", "found": "little",
             "advice": "free some"}]);
         assert_eq!(value["checks"], expected);
     }
@@ -221,7 +224,13 @@ mod tests {
     #[test]
     fn a_failure_says_whose_the_workload_is() {
         let failure = crxfer::transfer::migrate::MigrateFailure {
-            error: MigrateError::Preflight(vec![Check::failed("pids", "taken", "free them")]),
+            error: MigrateError::Preflight(
+                HostCheck::all(
+                    Host::Source,
+                    vec![Check::failed("pids", "taken", "free them")],
+                )
+                .collect(),
+            ),
             owner: Owner::Source,
             untouched: true,
             destination_is_clean: true,

@@ -5,8 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crxfer::precopy::Prediction;
-use crxfer::preflight::Check;
-use crxfer::transfer::migrate::{IterationReport, MigrateEvent};
+use crxfer::transfer::migrate::{HostCheck, IterationReport, MigrateEvent};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 
@@ -104,7 +103,7 @@ impl Progress {
     }
 
     /// Shows what was found, once.
-    pub(super) fn checks(&self, found: &[Check]) {
+    pub(super) fn checks(&self, found: &[HostCheck]) {
         if std::mem::replace(&mut self.lock().checks_shown, true) {
             return;
         }

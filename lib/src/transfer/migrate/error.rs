@@ -5,23 +5,24 @@ use crate::hooks::HookError;
 use crate::image::ImageError;
 use crate::live::LiveError;
 use crate::precopy::Why;
-use crate::preflight::{Check, Outcome, PreflightError};
+use crate::preflight::{Outcome, PreflightError};
 use crate::session::SessionError;
 use crate::session::migration::Owner;
 use crate::transfer::TransferError;
+use crate::transfer::migrate::report::HostCheck;
 
 /// Why a migration did not come about.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
     /// Connection or session.
-    #[error(transparent)]
+    #[error("{}", transfer(.0))]
     Transfer(#[from] TransferError),
     /// The tree cannot be looked at.
     #[error(transparent)]
     Survey(#[from] PreflightError),
     /// A check failed: nothing was touched.
     #[error("preflight: {}", failed(.0))]
-    Preflight(Vec<Check>),
+    Preflight(Vec<HostCheck>),
     /// The running tree cannot be read.
     #[error(transparent)]
     Live(#[from] LiveError),
@@ -67,12 +68,23 @@ impl From<SessionError> for MigrateError {
     }
 }
 
+// What that error says of sending images again is not true here.
+fn transfer(error: &TransferError) -> String {
+    match error {
+        TransferError::Transport(error) => error.to_string(),
+        other => other.to_string(),
+    }
+}
+
 /// The checks that failed, with what to do.
-fn failed(checks: &[Check]) -> String {
+fn failed(checks: &[HostCheck]) -> String {
     let failed = checks
         .iter()
-        .filter(|check| check.outcome == Outcome::Failed);
-    let each = failed.map(|check| format!("{}: {}; {}", check.name, check.found, check.advice));
+        .filter(|it| it.check.outcome == Outcome::Failed);
+    let each = failed.map(|HostCheck { host, check }| {
+        let host = host.as_str();
+        format!("{} ({host}): {}; {}", check.name, check.found, check.advice)
+    });
     each.collect::<Vec<_>>().join("\n  ")
 }
 

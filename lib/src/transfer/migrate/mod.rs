@@ -18,13 +18,12 @@ use super::send::Target;
 use crate::criu::CriuOptions;
 use crate::hooks::Hooks;
 use crate::precopy::{Goals, Prediction};
-use crate::preflight::Check;
 use crate::transport::{self, Identity};
 
 pub use driver::migrate;
 pub use error::{MigrateError, MigrateFailure};
 pub use iterate::{Dumps, Precopy};
-pub use report::{Host, IterationReport, MigrationReport, Outcome, PhaseReport};
+pub use report::{Host, HostCheck, IterationReport, MigrationReport, Outcome, PhaseReport};
 
 /// What to move, and how.
 #[derive(Debug)]
@@ -71,7 +70,7 @@ pub struct MigrateOptions {
 #[derive(Clone, Debug)]
 pub enum MigrateEvent {
     /// Both sides have looked: what they found.
-    Preflight(Vec<Check>),
+    Preflight(Vec<HostCheck>),
     /// Something that the operator should know before it begins.
     Warning(String),
     /// An iteration begins.

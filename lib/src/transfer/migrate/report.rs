@@ -34,6 +34,28 @@ impl Host {
     }
 }
 
+/// What one host found before the migration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostCheck {
+    /// Which host.
+    pub host: Host,
+    /// What it found.
+    pub check: Check,
+}
+
+impl HostCheck {
+    /// What `host` found.
+    pub fn all(host: Host, checks: Vec<Check>) -> impl Iterator<Item = Self> {
+        checks.into_iter().map(move |check| Self { host, check })
+    }
+}
+
+/// Whether nothing that was found stops a migration.
+pub(super) fn may_begin(checks: &[HostCheck]) -> bool {
+    let failed = |it: &HostCheck| it.check.outcome == crate::preflight::Outcome::Failed;
+    !checks.iter().any(failed)
+}
+
 /// Something that took time, in nanoseconds since the migration began, by the source's clock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PhaseReport {
@@ -88,7 +110,7 @@ pub struct MigrationReport {
     /// How it ended.
     pub outcome: Outcome,
     /// What was checked before.
-    pub checks: Vec<Check>,
+    pub checks: Vec<HostCheck>,
     /// How the running tree was read.
     pub method: &'static str,
     /// The iterations while the tree ran.

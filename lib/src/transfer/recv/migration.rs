@@ -43,7 +43,7 @@ pub(super) async fn serve(
 ) -> Result<(), TransferError> {
     let Some(host) = shared.restore.clone() else {
         let reason = "this `crxfer recv` takes images only; start it with --allow-restore to let process trees come and run here";
-        return Err(refused(reason));
+        return Err(refused(FailureCode::Refused, reason));
     };
     let facts = Facts::decode(&offer.facts)
         .map_err(|_| SessionError::Protocol("facts that cannot be read"))?;
@@ -51,8 +51,8 @@ pub(super) async fn serve(
     driver.run(control, inputs, happenings).await
 }
 
-fn refused(reason: impl Into<String>) -> TransferError {
-    SessionError::Local(Failure::new(FailureCode::Cancelled, reason)).into()
+fn refused(code: FailureCode, reason: impl Into<String>) -> TransferError {
+    SessionError::Local(Failure::new(code, reason)).into()
 }
 
 /// What other threads tell the driver.
@@ -148,6 +148,8 @@ impl<'a> Driver<'a> {
         if self.session.owner() == Owner::Destination {
             // Its copy runs, or is about to: that the source is gone changes nothing.
             self.await_release(&mut happenings).await;
+            // Only now: with --once the receiver ends, and the source should hear the last word.
+            self.shared.received.send_modify(|count| *count += 1);
             return Ok(());
         }
         self.remove(&mut happenings).await;
@@ -346,7 +348,7 @@ impl<'a> Driver<'a> {
                     host.hooks.run(hooks::Moment::AddressPrepare, &environment)
                 });
                 let hooked = hooked.await.expect("a hook does not panic");
-                hooked.map_err(|error| refused(error.to_string()))?;
+                hooked.map_err(|error| refused(FailureCode::Hook, error.to_string()))?;
                 let made = fs::DirBuilder::new().mode(0o700).create(&directory);
                 made.tried("create", &directory)?;
                 Ok(Box::new(worker))
@@ -381,7 +383,7 @@ impl<'a> Driver<'a> {
     }
 
     fn start_restore(&mut self, hook: Result<(), hooks::HookError>) -> Result<(), TransferError> {
-        hook.map_err(|error| refused(error.to_string()))?;
+        hook.map_err(|error| refused(FailureCode::Hook, error.to_string()))?;
         // It has gone with everything else where the source gave up meanwhile.
         let Some(worker) = self.prepared.take() else {
             return Ok(());
@@ -415,10 +417,7 @@ impl<'a> Driver<'a> {
                     Ok(_) => {}
                     // After its release CRIU's complaints are about the network lock and the like.
                     Err(error) if self.released_ns > 0 => self.notes.push(error.to_string()),
-                    Err(error) => {
-                        self.keep_log();
-                        return Err(failed(&error));
-                    }
+                    Err(error) => return Err(failed(&self.with_kept_log(error))),
                 }
             }
         }
@@ -469,7 +468,6 @@ impl<'a> Driver<'a> {
         });
         self.later(hooks::Moment::AfterRestore);
         orphans::reap();
-        self.shared.received.send_modify(|count| *count += 1);
     }
 
     // A hook that nobody waits for.
@@ -556,12 +554,16 @@ impl<'a> Driver<'a> {
     }
 
     // The operator needs it; the directory it is in will be gone.
-    fn keep_log(&self) {
-        let log = self.place.0.join("work").join("restore.log");
+    fn with_kept_log(&self, error: CriuError) -> CriuError {
+        let CriuError::Failed(mut failure) = error else {
+            return error;
+        };
         let kept = self.shared.store.state_path("restore.log");
-        if let Err(error) = fs::rename(&log, &kept) {
-            tracing::warn!("cannot keep {}: {error}", log.display());
+        match fs::rename(&failure.log, &kept) {
+            Ok(()) => failure.log = kept,
+            Err(error) => tracing::warn!("cannot keep {}: {error}", failure.log.display()),
         }
+        CriuError::Failed(failure)
     }
 }
 
@@ -579,13 +581,6 @@ fn check_images(directory: &std::path::Path) -> Result<(), TransferError> {
 }
 
 fn failed(error: &CriuError) -> TransferError {
-    let mut text = format!("at the destination: {error}");
-    if let CriuError::Failed(failure) = error {
-        for line in failure.lines.iter().take(3) {
-            text.push_str("; ");
-            text.push_str(line.trim());
-        }
-    }
-    let text = text.replace(char::is_control, " ");
-    SessionError::Local(Failure::new(FailureCode::Image, text)).into()
+    let text = format!("at the destination: {error}").replace(char::is_control, " ");
+    refused(FailureCode::Criu, text)
 }

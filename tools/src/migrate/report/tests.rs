@@ -1,6 +1,6 @@
 use crxfer::precopy::{Measured, Prediction, Why};
 use crxfer::preflight::Check;
-use crxfer::transfer::migrate::{Host, Outcome};
+use crxfer::transfer::migrate::{Host, HostCheck, Outcome};
 use crxfer::wire::MigrationId;
 
 use super::*;
@@ -58,7 +58,11 @@ pub(in crate::migrate) fn made_up() -> MigrationReport {
         id: MigrationId([0xab; 16]),
         name: "memcached-4711".to_owned(),
         outcome: Outcome::Migrated,
-        checks: vec![Check::warning("memory", "little", "free some")],
+        checks: HostCheck::all(
+            Host::Destination,
+            vec![Check::warning("memory", "little", "free some")],
+        )
+        .collect(),
         method: "live, pagemap",
         iterations: vec![an_iteration(1, 62_500), an_iteration(2, 1_300)],
         why_frozen: Some(Why::NoGain),

@@ -54,6 +54,23 @@ impl Crxfer {
     }
 }
 
+impl Crxfer {
+    /// The same for people: progress and report go where this program's output goes.
+    pub(crate) fn show_migration(
+        &self,
+        from: &Host,
+        pid: u32,
+        to: &Receiver,
+        more: &[&str],
+    ) -> Command {
+        let mut command = self.command(Place::On(from));
+        command
+            .args(["migrate", "--pid", &pid.to_string(), "--to", &to.target()])
+            .args(more);
+        command
+    }
+}
+
 impl Migration {
     /// Options for `crxfer recv` that make it move the service address, too.
     pub(crate) fn hooks(network: &Network) -> Vec<String> {

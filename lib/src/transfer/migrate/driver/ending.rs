@@ -1,5 +1,6 @@
 //! How a migration ends: the report, or the workload where it belongs.
 
+use std::ops::ControlFlow::{Break, Continue};
 use std::time::{Duration, Instant};
 
 use tokio::task::spawn_blocking;
@@ -32,9 +33,9 @@ impl Driver<'_> {
         let told = self.session.abort(Instant::now(), &reason);
         let is_clean = told && {
             let aborted = self.until(|event| match event {
-                Event::Session(Command::Aborted) => Ok(()),
+                Event::Session(Command::Aborted) => Break(()),
                 // The tree runs again, or was never frozen.
-                other => Err(other),
+                other => Continue(other),
             });
             matches!(tokio::time::timeout(ABORT_TIME, aborted).await, Ok(Ok(())))
         };

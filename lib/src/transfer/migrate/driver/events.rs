@@ -1,6 +1,7 @@
 //! Waiting for what comes next, and what is done meanwhile.
 
 use std::collections::VecDeque;
+use std::ops::ControlFlow::{self, Break, Continue};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -27,8 +28,8 @@ impl Driver<'_> {
     /// Waits for a moment of the freeze.
     pub(super) async fn moment(&mut self) -> Result<Moment, MigrateError> {
         self.until(|event| match event {
-            Event::Freeze(moment) => Ok(moment),
-            other => Err(other),
+            Event::Freeze(moment) => Break(moment),
+            other => Continue(other),
         })
         .await
     }
@@ -37,21 +38,21 @@ impl Driver<'_> {
     /// session, CRIU's end of the dump is an error.
     pub(super) async fn until<T>(
         &mut self,
-        pick: impl Fn(Event) -> Result<T, Event>,
+        pick: impl Fn(Event) -> ControlFlow<T, Event>,
     ) -> Result<T, MigrateError> {
         let mut passed_over = VecDeque::new();
         loop {
             while let Some(event) = self.events.pop_front() {
                 match pick(event) {
-                    Ok(found) => {
+                    Break(found) => {
                         passed_over.append(&mut self.events);
                         self.events = passed_over;
                         return Ok(found);
                     }
-                    Err(Event::Freeze(Moment::Ended { result })) if self.frozen.is_some() => {
+                    Continue(Event::Freeze(Moment::Ended { result })) if self.frozen.is_some() => {
                         return Err(ended(result));
                     }
-                    Err(other) => passed_over.push_back(other),
+                    Continue(other) => passed_over.push_back(other),
                 }
             }
             self.flush().await?;
@@ -100,7 +101,10 @@ impl Driver<'_> {
         tokio::select! {
             input = self.inputs.recv() => self.take(input.expect("this side holds a sender"))?,
             () = tokio::time::sleep_until(timeout) => self.session.handle_timeout(Instant::now())?,
-            () = tokio::time::sleep(TICK) => self.tick(),
+            () = tokio::time::sleep_until(self.next_tick) => {
+                self.next_tick = tokio::time::Instant::now() + TICK;
+                self.tick();
+            }
             stopped = stop.wait_for(|&stop| stop), if may_stop => {
                 if stopped.is_ok() {
                     return Err(MigrateError::Stopped);

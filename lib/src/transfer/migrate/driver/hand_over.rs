@@ -1,5 +1,6 @@
 //! From the freeze to the end of the source's tree.
 
+use std::ops::ControlFlow::{Break, Continue};
 use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -39,8 +40,8 @@ impl Driver<'_> {
         };
         self.place = Some(place);
         self.until(|event| match event {
-            Event::Session(Command::Freeze) => Ok(()),
-            other => Err(other),
+            Event::Session(Command::Freeze) => Break(()),
+            other => Continue(other),
         })
         .await?;
         self.phase("destination gets ready", begun, self.clock.now_ns());
@@ -87,7 +88,7 @@ impl Driver<'_> {
                     outgoing = Some(*back);
                 }
                 Moment::Held { at_ns } => {
-                    self.phase("dump the rest", from, at_ns);
+                    self.phase("dump the rest", from.min(at_ns), at_ns);
                     let took = Duration::from_nanos(at_ns.saturating_sub(self.freezing_ns));
                     // One that builds on a pre-dump says nothing about others.
                     if !self.is_chained {
@@ -144,8 +145,8 @@ impl Driver<'_> {
         let sent_at = self.clock.now_ns();
         self.phase("send the rest", begun, sent_at);
         self.until(|event| match event {
-            Event::Session(Command::Built) => Ok(()),
-            other => Err(other),
+            Event::Session(Command::Built) => Break(()),
+            other => Continue(other),
         })
         .await?;
         let built = self.clock.now_ns();
@@ -174,8 +175,8 @@ impl Driver<'_> {
                 resumed_ns,
                 phases,
                 notes,
-            }) => Ok((pid, resumed_ns, phases, notes)),
-            other => Err(other),
+            }) => Break((pid, resumed_ns, phases, notes)),
+            other => Continue(other),
         });
         let (pid, resumed_ns, phases, notes) = running.await?;
         self.report.pid = Some(pid);

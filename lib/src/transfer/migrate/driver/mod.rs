@@ -9,6 +9,7 @@ mod hand_over;
 mod precopy;
 
 use std::collections::VecDeque;
+use std::ops::ControlFlow::{Break, Continue};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
@@ -18,14 +19,14 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::freeze::{self, DumpPlace, Frozen, Moment};
 use super::iterate::Parent;
-use super::report::{Host, MigrationReport, Outcome, PhaseReport};
+use super::report::{Host, HostCheck, MigrationReport, Outcome, PhaseReport, may_begin};
 use super::stream::RecordStream;
 use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions};
 use crate::criu::{CriuError, CriuOptions};
 use crate::hooks;
 use crate::page::PageSize;
 use crate::precopy::{Costs, Decision, Goals, Policy};
-use crate::preflight::{self, Check, Choices, Survey};
+use crate::preflight::{self, Choices, Survey};
 use crate::session::migration::{
     ClockSamples, MigrationSource, MigrationSourceCommand as Command, Owner,
 };
@@ -61,7 +62,8 @@ pub async fn migrate(options: MigrateOptions) -> Result<MigrationReport, Migrate
     });
     let surveyed = surveying.await.expect("a survey does not panic");
     let (survey, checks) = surveyed.map_err(|error| untouched(error.into()))?;
-    if !options.dry_run && !preflight::may_begin(&checks) {
+    let checks: Vec<_> = HostCheck::all(Host::Source, checks).collect();
+    if !options.dry_run && !may_begin(&checks) {
         return Err(untouched(MigrateError::Preflight(checks)));
     }
     let surveyed_at = clock.now_ns();
@@ -178,6 +180,7 @@ struct Driver<'a> {
     // After the commit it is too late to stop.
     may_stop: bool,
     samples: ClockSamples,
+    next_tick: tokio::time::Instant,
     clock_asked: Duration,
     clock_questions: u32,
     policy: Policy,
@@ -203,7 +206,7 @@ impl<'a> Driver<'a> {
         options: &'a MigrateOptions,
         clock: Clock,
         survey: Survey,
-        checks: Vec<Check>,
+        checks: Vec<HostCheck>,
         connection: &'a Connection,
         control: ControlSender,
     ) -> Self {
@@ -270,6 +273,7 @@ impl<'a> Driver<'a> {
             stop: options.stop.clone(),
             may_stop: true,
             samples: ClockSamples::default(),
+            next_tick: tokio::time::Instant::now(),
             clock_asked: Duration::ZERO,
             clock_questions: 0,
             policy: Policy::new(goals, Costs::default()),
@@ -309,17 +313,19 @@ impl<'a> Driver<'a> {
         let begun = self.clock.now_ns();
         let offered = self
             .until(|event| match event {
-                Event::Session(Command::Offered(offered)) => Ok(offered),
-                other => Err(other),
+                Event::Session(Command::Offered(offered)) => Break(offered),
+                other => Continue(other),
             })
             .await?;
         self.phase("preflight", begun, self.clock.now_ns());
+        self.ask_clock();
         let theirs = preflight::decode_checks(&offered.checks)
             .map_err(|_| crate::session::SessionError::Protocol("checks that cannot be read"))?;
+        let theirs = HostCheck::all(Host::Destination, theirs);
         self.report.checks.extend(theirs);
         let checks = self.report.checks.clone();
         self.emit(MigrateEvent::Preflight(checks.clone()));
-        if !preflight::may_begin(&checks) {
+        if !may_begin(&checks) {
             return Err(MigrateError::Preflight(checks));
         }
         if self.options.dry_run {

@@ -1,5 +1,6 @@
 //! Iterations while the tree runs.
 
+use std::ops::ControlFlow::{Break, Continue};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -121,8 +122,8 @@ impl Driver<'_> {
         self.session.end_iteration();
         let work = self
             .until(|event| match event {
-                Event::Session(Command::Stored { work, .. }) => Ok(work),
-                other => Err(other),
+                Event::Session(Command::Stored { work, .. }) => Break(work),
+                other => Continue(other),
             })
             .await?;
         self.iterating = None;
