@@ -155,12 +155,25 @@ fn iterations(report: &MigrationReport) -> Vec<String> {
     );
     let rows = table.lines().into_iter().map(|row| format!("  {row}"));
     let mut lines: Vec<_> = std::iter::once(title).chain(rows).collect();
+    lines.extend(stops(&report.iterations));
     lines.extend(
         report
             .why_frozen
             .map(|why| format!("  Frozen then because {why}.")),
     );
     lines
+}
+
+/// How long the tree stood still for iterations, if it did.
+fn stops(iterations: &[IterationReport]) -> Option<String> {
+    let each: Vec<_> = iterations.iter().filter_map(|it| it.frozen).collect();
+    let longest = each.iter().max()?;
+    Some(format!(
+        "  It was stopped for {} of these iterations as well, for {} in all, the longest {} (by CRIU).",
+        each.len(),
+        milliseconds(each.iter().sum()),
+        milliseconds(*longest)
+    ))
 }
 
 fn iteration(it: &IterationReport) -> Vec<String> {

@@ -113,6 +113,17 @@ fn an_operator_sees_where_each_millisecond_went() {
     assert_eq!(lines(&made_up()).join("\n"), GOLDEN.trim_matches('\n'));
 }
 
+#[test]
+fn stops_for_pre_dumps_are_told() {
+    let mut report = made_up();
+    assert!(!lines(&report).join("\n").contains("stopped for"));
+    report.iterations[0].frozen = Some(ms(40));
+    report.iterations[1].frozen = Some(ms(4));
+    let text = lines(&report).join("\n");
+    let expected = "stopped for 2 of these iterations as well, for 44 ms in all, the longest 40 ms";
+    assert!(text.contains(expected), "{text}");
+}
+
 const GOLDEN: &str = r##"
 migrated: memcached-4711 runs on the destination as pid 4711
   downtime     300 ms ± 0.25 ms  (predicted 279 ms, 7 % too low)
