@@ -176,7 +176,7 @@ mod tests {
             keys(&value["iterations"][1]).join(" "),
             "number scanned_pages changed_pages sent_pages stream_bytes duration_ms link_wait_ms \
              destination_wait_ms destination_work_ms frozen_ms bytes_per_s dirty_bytes_per_s \
-             dirty_bytes_per_s predicted_downtime_ms"
+             predicted_downtime_ms"
         );
         let expected = json!({"name": "store", "host": "destination", "begin_ms": 4720.0,
             "end_ms": 4830.0});
