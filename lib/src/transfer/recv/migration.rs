@@ -17,6 +17,7 @@ use super::{RestoreHost, Shared};
 use crate::criu::{CriuError, Verdict, Worker};
 use crate::hooks::{self, Environment};
 use crate::image::walk;
+use crate::page::PageSize;
 use crate::preflight::{self, Check, Facts};
 use crate::session::SessionError;
 use crate::session::migration::{
@@ -47,8 +48,28 @@ pub(super) async fn serve(
     };
     let facts = Facts::decode(&offer.facts)
         .map_err(|_| SessionError::Protocol("facts that cannot be read"))?;
+    check_offer(&offer, shared.max_set_bytes)?;
     let (driver, happenings) = Driver::new(connection, shared, host, offer, facts)?;
     driver.run(control, inputs, happenings).await
+}
+
+fn check_offer(offer: &Offer, max_bytes: Option<u64>) -> Result<(), TransferError> {
+    let here = PageSize::of_host();
+    if offer.page_size != here {
+        let (theirs, here) = (offer.page_size.bytes(), here.bytes());
+        let reason = format!(
+            "the source has pages of {theirs} bytes, this host of {here}: memory cannot move between them"
+        );
+        return Err(refused(FailureCode::Image, reason));
+    }
+    match max_bytes.filter(|&limit| offer.memory_bytes > limit) {
+        Some(limit) => Err(SessionError::TooLarge {
+            size: offer.memory_bytes,
+            limit,
+        }
+        .into()),
+        None => Ok(()),
+    }
 }
 
 fn refused(code: FailureCode, reason: impl Into<String>) -> TransferError {
@@ -92,6 +113,8 @@ struct Driver<'a> {
     released_ns: u64,
     dumped_bytes: u64,
     restore_ended: bool,
+    // Something was done on this host that a failure has to undo.
+    touched: bool,
 }
 
 impl<'a> Driver<'a> {
@@ -133,6 +156,7 @@ impl<'a> Driver<'a> {
             released_ns: 0,
             dumped_bytes: 0,
             restore_ended: true,
+            touched: false,
         };
         Ok((driver, happenings))
     }
@@ -153,6 +177,9 @@ impl<'a> Driver<'a> {
             return Ok(());
         }
         self.remove(&mut happenings).await;
+        if let (Err(error), true) = (&outcome, self.touched) {
+            self.after_abort(error.to_string()).await;
+        }
         outcome
     }
 
@@ -218,7 +245,9 @@ impl<'a> Driver<'a> {
             Command::Remove { reason } => {
                 tracing::info!("the source gave up: {reason}");
                 self.remove(happenings).await;
-                self.after_abort(reason).await;
+                if std::mem::take(&mut self.touched) {
+                    self.after_abort(reason).await;
+                }
                 self.aborted();
             }
             Command::Clock { asked_ns } => self.tell_clock(asked_ns),
@@ -286,6 +315,7 @@ impl<'a> Driver<'a> {
             criu: version,
         };
         if !refused {
+            self.touched = true;
             let durable = self.shared.store.is_durable();
             let standby = Standby::create(&self.place.0, self.offer.page_size, durable)?;
             fs::create_dir(self.place.0.join("work")).tried("create", &self.place.0)?;
@@ -531,11 +561,14 @@ impl<'a> Driver<'a> {
             if tokio::time::timeout(REMOVE_TIME, ended).await.is_err() {
                 tracing::warn!("CRIU does not end; its copy is killed");
             }
-            let tasks = self.facts.tree.tasks.clone();
-            let killing = spawn_blocking(move || orphans::kill(&tasks));
-            let killed = killing.await.expect("killing does not panic");
-            if killed > 0 {
-                tracing::warn!("killed {killed} processes that CRIU left of the copy");
+            // In a pid namespace of their own they have other numbers here, and end with it.
+            if !self.facts.tree.own_pid_namespace {
+                let tasks = self.facts.tree.tasks.clone();
+                let killing = spawn_blocking(move || orphans::kill(&tasks));
+                let killed = killing.await.expect("killing does not panic");
+                if killed > 0 {
+                    tracing::warn!("killed {killed} processes that CRIU left of the copy");
+                }
             }
         }
         let path = std::mem::take(&mut self.place.0);

@@ -11,10 +11,9 @@ use tokio::task::JoinHandle;
 use super::{Command, Driver, Event, Input, ended};
 use crate::precopy::{Decision, Iteration};
 use crate::session::SessionError;
-use crate::transfer::TransferError;
 use crate::transfer::migrate::freeze::Moment;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
-use crate::transport::{ControlReceiver, TransportError};
+use crate::transport::{ControlReceiver, ControlSender, TransportError};
 use crate::wire::{Message, limits};
 
 /// Progress is told, and the policy asked, this often within an iteration.
@@ -55,7 +54,7 @@ impl Driver<'_> {
                     Continue(other) => passed_over.push_back(other),
                 }
             }
-            self.flush().await?;
+            self.flush();
             if self.events.is_empty() {
                 self.wait().await?;
             }
@@ -65,7 +64,7 @@ impl Driver<'_> {
     /// Waits for work on another thread, and keeps the session going meanwhile.
     pub(super) async fn job<T>(&mut self, mut job: JoinHandle<T>) -> Result<T, MigrateError> {
         loop {
-            self.flush().await?;
+            self.flush();
             tokio::select! {
                 done = &mut job => return Ok(done.expect("the work does not panic")),
                 waited = self.wait() => waited?,
@@ -73,13 +72,11 @@ impl Driver<'_> {
         }
     }
 
-    pub(super) async fn flush(&mut self) -> Result<(), MigrateError> {
+    pub(super) fn flush(&mut self) {
         while let Some(command) = self.session.poll_command() {
             match command {
-                Command::Send(message) => {
-                    let written = self.control.write_message(&message.encode()).await;
-                    written.map_err(TransferError::from)?;
-                }
+                // Its writer says what goes wrong.
+                Command::Send(message) => drop(self.control.send(message)),
                 Command::Clock { asked_ns, here_ns } => {
                     self.samples.add(asked_ns, here_ns, self.clock.now_ns());
                     // The next one at once, until there are a few.
@@ -90,7 +87,6 @@ impl Driver<'_> {
                 other => self.events.push_back(Event::Session(other)),
             }
         }
-        Ok(())
     }
 
     // Loses nothing when it is dropped.
@@ -167,6 +163,20 @@ impl Driver<'_> {
         self.clock_asked = self.clock.elapsed();
         self.clock_questions += 1;
         self.session.ask_clock(Instant::now(), self.clock.now_ns());
+    }
+}
+
+/// Writes messages in a task of its own: a peer that takes nothing must not hold up the freeze limit.
+pub(super) async fn write_messages(
+    mut control: ControlSender,
+    mut messages: mpsc::UnboundedReceiver<Message>,
+    input: mpsc::UnboundedSender<Input>,
+) {
+    while let Some(message) = messages.recv().await {
+        if let Err(error) = control.write_message(&message.encode()).await {
+            let _ = input.send(Input::Ended(error.into()));
+            return;
+        }
     }
 }
 
