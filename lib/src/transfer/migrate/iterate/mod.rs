@@ -24,7 +24,10 @@ use std::time::Duration;
 
 use super::MigrateError;
 use super::stream::{RecordStream, StreamEnded};
+use crate::criu::CriuError;
 use crate::delta::{Compared, Outgoing, Record};
+use crate::image::PagemapName;
+use crate::live::ReaderOptions;
 use crate::page::PageSize;
 
 pub(super) use dumps::ReadDumps;
@@ -195,12 +198,7 @@ impl<'a> Pass<'a> {
     }
 
     /// Compares whole pages and sends what changed. False where reading shall end.
-    pub(super) fn pages(
-        &mut self,
-        space: crate::image::PagemapName,
-        address: u64,
-        bytes: &[u8],
-    ) -> bool {
+    pub(super) fn pages(&mut self, space: PagemapName, address: u64, bytes: &[u8]) -> bool {
         let compared = self
             .outgoing
             .pages(space, address, bytes, &mut self.records);
@@ -255,13 +253,14 @@ pub(super) fn iterate(
 pub(super) fn open(
     precopy: &Precopy,
     page: PageSize,
-    reader: crate::live::ReaderOptions,
+    reader: ReaderOptions,
     setup: Setup,
 ) -> Result<Box<dyn PrecopySource>, MigrateError> {
     let by_pre_dumps = match precopy {
         Precopy::Dumps(dumps) => return Ok(Box::new(ReadDumps::new(dumps.clone(), page))),
         Precopy::Live => false,
-        Precopy::PreDump => true,
+        Precopy::PreDump if setup.is_possible() => true,
+        Precopy::PreDump => return Err(CriuError::NoSoftDirty.into()),
         Precopy::Auto => setup.is_possible(),
     };
     let pid = setup.pid;

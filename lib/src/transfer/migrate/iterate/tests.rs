@@ -5,8 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::criu::testing::{Tree, criu};
-use crate::image::{Chain, ImageError, PagemapName, PagesReader};
-use crate::live::ReaderOptions;
+use crate::image::{Chain, ImageError, PagesReader};
 use crate::standby::{Event, Standby};
 use crate::wire::{Codec, FrameHeader, StreamNote};
 
@@ -277,11 +276,14 @@ fn what_cannot_pre_dump_is_read_live_unless_told_not_to() {
     let auto = open(&Precopy::Auto, page, ReaderOptions::default(), setup()).unwrap();
     assert_eq!(auto.method().starts_with("live"), !has_soft_dirty);
     drop(auto);
-    // As if the kernel had it: a pre-dump that fails before it has given a page.
-    let mut broken = setup();
-    if has_soft_dirty {
-        broken.criu.config_file = Some("/nowhere".into());
-    }
+    let must = open(&Precopy::PreDump, page, ReaderOptions::default(), setup());
+    assert_eq!(must.is_ok(), has_soft_dirty);
+    drop(must);
+    // A pre-dump that fails before it has given a page.
+    let broken = Setup {
+        program: "/bin/false".into(),
+        ..setup()
+    };
     let must = PreDumps::open(broken, false, page, ReaderOptions::default());
     let mut source = must.unwrap();
     let (read, compared, _) = pair.iterate(&mut source).unwrap();
