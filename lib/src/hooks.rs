@@ -18,7 +18,7 @@
 //! | `after-abort` | both | runs on the source, the destination is clean | the end of the migration | is reported |
 //!
 //! - `address-prepare` must be silent on the network: the source still has the address. It makes
-//!   the address one that sockets can be bound to, on no link (docs/parts/hooks.md).
+//!   the address one that sockets can be bound to, on no link (docs/HOOKS.md).
 //! - `address-announce` puts it on its link and tells the neighbours.
 //! - On a side where a migration failed, `after-abort` also runs when a hook was what failed. It must
 //!   undo what that side's earlier hooks did, and must work when they did nothing.

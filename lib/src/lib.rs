@@ -1,6 +1,6 @@
-//! crxfer moves checkpoint state from a *source* host to a *destination* host: CRIU image directories,
-//! page by page, so that only what the destination lacks crosses the wire, and only what is whole and
-//! checked becomes visible there.
+//! crxfer moves checkpoint state from a *source* host to a *destination* host, page by page, so that only
+//! what the destination lacks crosses the wire, and only what is whole and checked is used there: CRIU image
+//! directories, and running process trees.
 //!
 //! ```text
 //!        source host                                              destination host
@@ -10,20 +10,35 @@
 //!        pages-1.img         │ asks, compresses │ ◀════════ checks,       pages-1.img
 //!        parent ─▶ ../1      └──────────────────┘           publishes     parent ─▶ ../.crxfer/base/7
 //!                                                       DIR/.crxfer/      records, indexes, bases
+//!
+//!  a running tree       ┌─ transfer::migrate ───────┐       Receiver with restore
+//!   memory, again   ──▶ │ compares with what was    │ ═════▶ iterations as image directories
+//!   and again           │ sent, sends what differs  │
+//!   frozen: criu swrk ─▶│ the same of CRIU's dump   │ ═════▶ criu swrk builds the copy, holds it
+//!   ends it          ◀──│ Commit when it is built   │ ◀════▶ lets it run
+//!                       └───────────────────────────┘
 //! ```
 //!
 //! - [`image`]: image directories as files: chains of parents, pagemaps, whether CRIU could restore one.
 //! - [`digest`], [`delta`], [`wire`], [`session`]: what a set is, what of it must be sent, and in which
 //!   messages. No sockets, no files, no clock: the session is driven by events and `now`.
-//! - [`live`]: the memory of a running process tree, read from outside without stopping it.
+//!   [`session::migration`] says who owns a tree that moves.
 //! - [`store`]: the receiving directory: published sets, their generations, what builds on what.
-//! - `transport` and `transfer` (feature `net`, on by default): QUIC, and the drivers that join all this.
+//! - [`live`]: the memory of a running process tree, read from outside without stopping it.
+//! - [`precopy`]: when to freeze it. No I/O and no clock.
+//! - [`criu`]: CRIU driven by RPC, and the protocol in which it sends memory.
+//! - [`standby`]: the destination's copy in the making.
+//! - [`preflight`], [`hooks`]: what is checked before; an operator's commands at named moments.
+//! - `transport` and `transfer` (feature `net`, on by default): QUIC, and the drivers that join all this:
+//!   `transfer::send`, `transfer::Receiver`, `transfer::migrate::migrate`.
 //!
 //! docs/ARCHITECTURE.md tells how it hangs together, docs/PROTOCOL.md what crosses the wire.
 //!
-//! What it does **not** do: dump or restore (CRIU does), decide when to dump, kill or resume a process,
-//! follow symbolic links out of an image directory, or keep images secret once they are on a disk.
-//! A restored image is code that runs: take images only from hosts that you trust with that.
+//! What it does **not** do: dump or restore by itself (CRIU does), follow symbolic links out of an image
+//! directory, move the files that a program has open, or keep images secret once they are on a disk. A
+//! migration does not yet survive the crash of the program that drives it in the moment of the hand-over.
+//! A restored image is code that runs: take images only from hosts that you trust with that, and trees
+//! (`ReceiveOptions::restore`) from nobody whom you would not make root.
 //!
 //! # Example
 //!

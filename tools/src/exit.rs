@@ -149,6 +149,8 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Preflight(_) => Self::Preflight,
             MigrateError::Live(LiveError::RootGone { .. }) => Self::Content,
             MigrateError::Live(_) => Self::Storage,
+            MigrateError::Dump { .. } => Self::Storage,
+            MigrateError::Image(_) => Self::Content,
             MigrateError::Criu(_) | MigrateError::Memory(_) => Self::Criu,
             MigrateError::Hook(_) => Self::Hook,
             MigrateError::GivenUp(_) => Self::GivenUp,

@@ -29,7 +29,7 @@ mod process;
 pub mod rpc;
 mod stage;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use error::{CriuError, Failure, Operation};
 pub use options::{

@@ -13,7 +13,7 @@ use rustix::process::{
 use tempfile::TempDir;
 
 /// CRIU, where tests can use it.
-pub(super) fn criu() -> Option<PathBuf> {
+pub(crate) fn criu() -> Option<PathBuf> {
     if !rustix::process::geteuid().is_root() {
         println!("skipped: CRIU needs root");
         return None;
@@ -29,7 +29,7 @@ pub(super) fn criu() -> Option<PathBuf> {
 }
 
 /// Whether `condition` becomes true within a few seconds.
-pub(super) fn eventually(mut condition: impl FnMut() -> bool) -> bool {
+pub(crate) fn eventually(mut condition: impl FnMut() -> bool) -> bool {
     (0..100).any(|_| {
         condition() || {
             thread::sleep(Duration::from_millis(50));
@@ -39,14 +39,14 @@ pub(super) fn eventually(mut condition: impl FnMut() -> bool) -> bool {
 }
 
 /// A shell in a session of its own that counts into a file, with a child now and then.
-pub(super) struct Tree {
+pub(crate) struct Tree {
     child: Mutex<Child>,
     pid: Pid,
     directory: TempDir,
 }
 
 impl Tree {
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let directory = tempfile::tempdir().expect("a scratch directory");
         let script = "while sleep 0.02; do i=$((i+1)); echo $i >counter; done";
         // setsid runs the program in its own process, unless that leads a process group.
@@ -67,18 +67,18 @@ impl Tree {
         tree
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.pid.as_raw_pid().cast_unsigned()
     }
 
     /// Whether it runs: its counter moves within a few seconds.
-    pub(super) fn counts(&self) -> bool {
+    pub(crate) fn counts(&self) -> bool {
         let before = self.counter();
         eventually(|| self.counter() != before)
     }
 
     /// Whether it does not run: its counter stays for what is many steps of it.
-    pub(super) fn stands_still(&self) -> bool {
+    pub(crate) fn stands_still(&self) -> bool {
         let before = self.counter();
         thread::sleep(Duration::from_millis(400));
         self.counter() == before
@@ -89,14 +89,14 @@ impl Tree {
     }
 
     /// Whether there is such a process that is no zombie.
-    pub(super) fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         let stat = Path::new("/proc").join(self.pid().to_string()).join("stat");
         fs::read_to_string(stat).is_ok_and(|stat| !stat.contains(") Z "))
     }
 
     /// Collects the killed original and waits until its pids are free: its own is taken as the name
     /// of the group for as long as init has not reaped an orphan of it.
-    pub(super) fn reap(&self) {
+    pub(crate) fn reap(&self) {
         let mut child = self.child.lock().expect("no test panicked with it");
         child.wait().expect("our child can be reaped");
         let free = eventually(|| test_kill_process_group(self.pid).is_err());

@@ -90,6 +90,11 @@ impl Known {
         (object, true)
     }
 
+    /// The index of this memory, if it has one.
+    pub fn find(&self, memory: PagemapName) -> Option<u32> {
+        self.objects.get(&memory).copied()
+    }
+
     /// An index for something else that is sent.
     pub fn new_object(&mut self) -> u32 {
         self.tables.push(BTreeMap::new());

@@ -137,6 +137,18 @@ impl Outgoing {
         Ok(())
     }
 
+    /// The first of these pages that was never sent.
+    pub fn missing(&self, memory: PagemapName, address: u64, pages: u64) -> Option<u64> {
+        let first = address / self.page.bytes();
+        let object = self.known.find(memory);
+        let is_missing = |page: &u64| {
+            let digest = object.and_then(|object| self.known.digest(object, *page));
+            digest.is_none()
+        };
+        let page = (first..first + pages).find(is_missing)?;
+        Some(page * self.page.bytes())
+    }
+
     /// A file of the dump follows, part by part.
     pub fn begin_file(&mut self, meta: FileMeta, out: &mut Vec<Record>) -> OutgoingFile {
         self.flush(out);

@@ -120,6 +120,7 @@ pub struct LiveReader {
     pace: Pace,
     /// Mappings in which a read did not return.
     avoided: Vec<(PagemapName, Range<u64>)>,
+    only_shared: bool,
 }
 
 impl LiveReader {
@@ -137,7 +138,14 @@ impl LiveReader {
             blocks: Blocks::new(page, options.read_limit),
             pace: Pace::new(options.bytes_per_s),
             avoided: Vec::new(),
+            only_shared: false,
         })
+    }
+
+    /// Whether only shared segments and memfds are read, where something else takes care of the
+    /// tasks' own memory. Not so at first.
+    pub fn set_only_shared(&mut self, only_shared: bool) {
+        self.only_shared = only_shared;
     }
 
     /// How pages are found.
@@ -167,6 +175,7 @@ impl LiveReader {
             blocks: &mut self.blocks,
             pace: &mut self.pace,
             avoided: &mut self.avoided,
+            only_shared: self.only_shared,
             sink,
             pass: Pass::default(),
         };
@@ -197,6 +206,7 @@ struct Running<'a> {
     blocks: &'a mut Blocks,
     pace: &'a mut Pace,
     avoided: &'a mut Vec<(PagemapName, Range<u64>)>,
+    only_shared: bool,
     sink: &'a mut dyn FnMut(Chunk<'_>) -> ControlFlow<()>,
     pass: Pass,
 }
@@ -225,7 +235,7 @@ impl Running<'_> {
             let shares = |(other, theirs): &(u32, String)| {
                 *theirs == text && sys::same_memory(*other, task.pid) == Some(true)
             };
-            if !read.iter().any(shares) {
+            if !self.only_shared && !read.iter().any(shares) {
                 read.push((task.pid, text));
                 self.task(scanner, task, &dir, &mappings)?;
             }

@@ -151,6 +151,8 @@ pub enum Why {
     TargetOutOfReach,
     /// The freeze would last longer than `--freeze-limit`, and iterations do not shorten it enough.
     FreezeLimit,
+    /// Whoever gives the memory to copy has no more of it.
+    NothingMore,
 }
 
 impl Why {
@@ -165,6 +167,7 @@ impl Why {
             Self::DeadlineOutOfReach => "deadline-out-of-reach",
             Self::TargetOutOfReach => "target-out-of-reach",
             Self::FreezeLimit => "freeze-limit",
+            Self::NothingMore => "nothing-more",
         }
     }
 }
@@ -184,6 +187,7 @@ impl fmt::Display for Why {
                 "no further iteration would bring the downtime within --downtime"
             }
             Self::FreezeLimit => "the freeze would last longer than --freeze-limit",
+            Self::NothingMore => "there are no more dumps to copy from",
         })
     }
 }

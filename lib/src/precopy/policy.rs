@@ -74,6 +74,11 @@ impl Policy {
         self.costs = costs;
     }
 
+    /// Replaces what the dump is expected to cost.
+    pub fn set_dump_cost(&mut self, dump: Duration) {
+        self.costs.dump = dump;
+    }
+
     /// Before the first iteration: how much memory there is, and whether the goals are hopeless.
     pub fn before_first(&mut self, memory_bytes: u64) -> Option<Warning> {
         self.reads.memory = (memory_bytes as f64).max(1.0);

@@ -1,6 +1,6 @@
 //! A file of the dump that is no memory.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -12,11 +12,13 @@ use crate::store::Tried as _;
 use crate::wire::{Op, limits};
 
 /// A file that arrives in frames, each segment once, in order.
+///
+/// Whoever writes holds the descriptor, for one file at a time: a tree of a thousand processes has
+/// more images than a process may have descriptors.
 #[derive(Debug)]
 pub(super) struct ArrivingFile {
     meta: FileMeta,
     path: PathBuf,
-    file: File,
     blocks: Vec<Digest>,
 }
 
@@ -27,7 +29,7 @@ impl ArrivingFile {
         mode: u16,
         size: u64,
         page: PageSize,
-    ) -> Result<Self, StandbyError> {
+    ) -> Result<(Self, File), StandbyError> {
         let meta = FileMeta::new(name, mode, size, page);
         if meta.is_pages() {
             return Err(StandbyError::Protocol("memory that is sent as a file"));
@@ -41,12 +43,18 @@ impl ArrivingFile {
             .mode(0o600)
             .open(path)
             .tried("create", path)?;
-        Ok(Self {
+        let arriving = Self {
             meta,
             path: path.to_owned(),
-            file,
             blocks: Vec::new(),
-        })
+        };
+        Ok((arriving, file))
+    }
+
+    /// The file, for [`ArrivingFile::write`].
+    pub(super) fn open(&self) -> Result<File, StandbyError> {
+        let file = OpenOptions::new().write(true).open(&self.path);
+        Ok(file.tried("open", &self.path)?)
     }
 
     pub(super) fn block_len(&self) -> usize {
@@ -56,6 +64,7 @@ impl ArrivingFile {
     /// Writes one segment; gives the bytes written.
     pub(super) fn write(
         &mut self,
+        file: &File,
         segment: u64,
         ops: &[Op],
         run: &VerifiedRun,
@@ -72,8 +81,7 @@ impl ArrivingFile {
         if !is_whole || run.bytes().len() as u64 != bytes.end - bytes.start {
             return Err(StandbyError::Protocol("a part of a file that is not whole"));
         }
-        self.file
-            .write_all_at(run.bytes(), bytes.start)
+        file.write_all_at(run.bytes(), bytes.start)
             .tried("write", &self.path)?;
         self.blocks.extend_from_slice(run.digests());
         Ok(bytes.end - bytes.start)
@@ -85,8 +93,7 @@ impl ArrivingFile {
             return Err(StandbyError::Protocol("a file that is not whole"));
         }
         let mode = self.meta.mode;
-        self.file
-            .set_permissions(Permissions::from_mode(u32::from(mode)))
+        fs::set_permissions(&self.path, Permissions::from_mode(u32::from(mode)))
             .tried("set the mode of", &self.path)?;
         let digest = file_digest(&self.meta, &self.blocks);
         Ok((self.meta.name.to_string(), mode, digest))

@@ -22,10 +22,10 @@ struct Slot {
     place: PlaceOf,
 }
 
-/// The pages file of the iteration that arrives.
+/// The pages file of the iteration that arrives. Its descriptor is held by whoever writes, for one
+/// file at a time.
 #[derive(Debug)]
 struct Out {
-    file: File,
     path: PathBuf,
     pages: u32,
     // The page that was written last: they must ascend, as the file has them in their order.
@@ -67,28 +67,56 @@ impl Memory {
         }
     }
 
-    /// Writes the pages that a frame describes; gives the bytes written.
+    /// Refuses a frame that does not describe a segment with `raw_len` literal bytes. To be called
+    /// before anything is made from its ops.
+    pub(super) fn check(
+        &self,
+        segment: u64,
+        ops: &[Op],
+        raw_len: usize,
+    ) -> Result<(), StandbyError> {
+        let described: u64 = ops.iter().map(|op| u64::from(op.blocks())).sum();
+        let per_segment = self.segment_pages as u64;
+        let literal: u64 = ops.iter().map(literal_pages).sum();
+        if described != per_segment
+            || segment > u64::MAX / self.page.bytes() / per_segment - 1
+            || literal * self.page.bytes() != raw_len as u64
+        {
+            return Err(StandbyError::Protocol("a frame of the wrong length"));
+        }
+        Ok(())
+    }
+
+    /// The pages file of this iteration, for [`Memory::write`].
+    pub(super) fn open(&mut self, directory: &Path) -> Result<File, StandbyError> {
+        let path = directory.join(self.pages_name());
+        if self.out.is_some() {
+            let file = OpenOptions::new().write(true).open(&path);
+            return Ok(file.tried("open", &path)?);
+        }
+        let file = private(&path)?;
+        self.out = Some(Out {
+            path,
+            pages: 0,
+            last: None,
+        });
+        Ok(file)
+    }
+
+    /// Writes the pages that a frame describes, which [`Memory::check`] has seen; gives the bytes
+    /// written.
     pub(super) fn write(
         &mut self,
+        file: &File,
         places: &Places,
         header: &FrameHeader,
         ops: &[Op],
         run: &VerifiedRun,
         copies: &[VerifiedRun],
     ) -> Result<u64, StandbyError> {
-        let segment = header.segment;
-        let described: u64 = ops.iter().map(|op| u64::from(op.blocks())).sum();
-        let per_segment = self.segment_pages as u64;
-        let literal: u64 = ops.iter().map(literal_pages).sum();
-        if described != per_segment
-            || segment > u64::MAX / self.page.bytes() / per_segment - 1
-            || literal * self.page.bytes() != run.bytes().len() as u64
-        {
-            return Err(StandbyError::Protocol("a frame of the wrong length"));
-        }
-        let mut writer = self.open_out(&places.directory(places.iteration))?;
+        let mut writer = self.out.take().expect("opened before");
         let begin = writer.pages;
-        let mut page = segment * per_segment;
+        let mut page = header.segment * self.segment_pages as u64;
         let (mut literals, mut copies) = (0, copies.iter());
         for op in ops {
             for at in page..page + u64::from(op.blocks()) {
@@ -107,7 +135,7 @@ impl Memory {
                         } else {
                             copies.next().expect("found for each page")
                         };
-                        writer.put(copy.bytes(), self.page)?;
+                        writer.put(file, copy.bytes(), self.page)?;
                         copy.digests()[0]
                     }
                 };
@@ -121,7 +149,7 @@ impl Memory {
             if let Op::Literal(count) = op {
                 let end = literals * self.page.byte_len();
                 let from = end - *count as usize * self.page.byte_len();
-                writer.put_behind(&run.bytes()[from..end], self.page)?;
+                writer.put_behind(file, &run.bytes()[from..end], self.page)?;
             }
             page += u64::from(op.blocks());
         }
@@ -187,6 +215,12 @@ impl Memory {
             let follows = known.last().is_none_or(|last| last.end(page) <= run.vaddr);
             if end.is_none() || !follows || !run.vaddr.is_multiple_of(page.bytes()) {
                 return Err(StandbyError::Protocol("pages out of order"));
+            }
+            // More runs than pages: they would only take memory.
+            if known.len() >= self.table.len() * self.segment_pages {
+                return Err(StandbyError::Protocol(
+                    "a page of the dump that was not sent",
+                ));
             }
             known.push(*run);
         }
@@ -287,24 +321,12 @@ impl Memory {
 
     // CRIU opens the pages file although no page may be in it.
     fn close_out(&mut self, directory: &Path) -> Result<(), StandbyError> {
-        let out = self.open_out(directory)?;
+        let file = self.open(directory)?;
+        let out = self.out.take().expect("opened just now");
         let length = u64::from(out.pages) * self.page.bytes();
         // Zero pages at the end are a hole that nothing was written behind.
-        out.file.set_len(length).tried("extend", &out.path)?;
+        file.set_len(length).tried("extend", &out.path)?;
         Ok(())
-    }
-
-    fn open_out(&mut self, directory: &Path) -> Result<Out, StandbyError> {
-        if let Some(out) = self.out.take() {
-            return Ok(out);
-        }
-        let path = directory.join(self.pages_name());
-        Ok(Out {
-            file: private(&path)?,
-            path,
-            pages: 0,
-            last: None,
-        })
     }
 
     fn pages_name(&self) -> String {
@@ -356,20 +378,18 @@ impl Out {
     }
 
     // Writes where the next page will be.
-    fn put(&self, bytes: &[u8], page: PageSize) -> Result<(), StandbyError> {
+    fn put(&self, file: &File, bytes: &[u8], page: PageSize) -> Result<(), StandbyError> {
         let offset = u64::from(self.pages) * page.bytes();
-        Ok(self
-            .file
+        Ok(file
             .write_all_at(bytes, offset)
             .tried("write", &self.path)?)
     }
 
     // Writes the pages that were taken last.
-    fn put_behind(&self, bytes: &[u8], page: PageSize) -> Result<(), StandbyError> {
+    fn put_behind(&self, file: &File, bytes: &[u8], page: PageSize) -> Result<(), StandbyError> {
         let end = u64::from(self.pages) * page.bytes();
         let offset = end - bytes.len() as u64;
-        Ok(self
-            .file
+        Ok(file
             .write_all_at(bytes, offset)
             .tried("write", &self.path)?)
     }

@@ -71,7 +71,7 @@ pub enum Event {
         /// Bytes written for it.
         bytes: u64,
     },
-    /// The dump is complete and checked, but not synced: see [`Standby::sync_final`].
+    /// The dump is complete and checked, but not synced: see [`sync_directory`].
     Complete {
         /// The directory to restore from.
         directory: PathBuf,
@@ -108,6 +108,8 @@ pub struct Standby {
     is_final: bool,
     stored_bytes: u64,
     decompressor: Decompressor,
+    // The file that was written last, by its object: others are opened again.
+    open: Option<(u32, File)>,
 }
 
 impl Standby {
@@ -125,6 +127,7 @@ impl Standby {
             is_final: false,
             stored_bytes: 0,
             decompressor: Decompressor::new()?,
+            open: None,
         })
     }
 
@@ -146,13 +149,13 @@ impl Standby {
                 objects.into_iter().try_for_each(|it| self.add_object(it))?;
                 Ok(None)
             }
-            StreamNote::Runs { object, runs } if self.is_final => {
+            StreamNote::Runs { object, runs } if self.is_final && self.is_open => {
                 let page = self.page;
                 self.memory(object)?.add_runs(&runs, page)?;
                 Ok(None)
             }
             StreamNote::End { number, root } if self.is_open && number == self.iteration => {
-                self.is_open = false;
+                (self.is_open, self.open) = (false, None);
                 match (self.is_final, root) {
                     (true, Some(root)) => self.end_final(root).map(Some),
                     (false, None) => self.end_iteration().map(Some),
@@ -190,7 +193,9 @@ impl Standby {
             }
             Object::File { name, mode, size } if self.is_final => {
                 let path = self.directory().join(name.as_str());
-                Thing::File(ArrivingFile::create(&path, name, mode, size, self.page)?)
+                let (arriving, file) = ArrivingFile::create(&path, name, mode, size, self.page)?;
+                self.open = Some((index, file));
+                Thing::File(arriving)
             }
             Object::File { .. } => {
                 return Err(StandbyError::Protocol("a file before the final iteration"));
@@ -219,19 +224,36 @@ impl Standby {
                 raw.into()
             }
         };
-        let block_len = match self.things.get(header.file as usize) {
-            Some(Thing::Memory(_)) => self.page.byte_len(),
-            Some(Thing::File(file)) => file.block_len(),
+        let (block_len, copies) = match self.things.get(header.file as usize) {
+            Some(Thing::Memory(memory)) => {
+                // First, so that at most a segment is copied.
+                memory.check(header.segment, ops, raw.len())?;
+                (self.page.byte_len(), self.find_copies(header.file, ops)?)
+            }
+            Some(Thing::File(file)) => (file.block_len(), Vec::new()),
             None => return Err(StandbyError::Protocol("a frame of nothing that was named")),
         };
-        let copies = self.find_copies(header.file, ops)?;
         let run = VerifiedRun::hash(raw, block_len);
         let places = self.places();
+        let file = self.open_file(header.file)?;
         self.stored_bytes += match &mut self.things[header.file as usize] {
-            Thing::Memory(memory) => memory.write(&places, header, ops, &run, &copies)?,
-            Thing::File(file) => file.write(header.segment, ops, &run)?,
+            Thing::Memory(memory) => memory.write(&file, &places, header, ops, &run, &copies)?,
+            Thing::File(arriving) => arriving.write(&file, header.segment, ops, &run)?,
         };
+        self.open = Some((header.file, file));
         Ok(())
+    }
+
+    // Where this object is written.
+    fn open_file(&mut self, object: u32) -> Result<File, StandbyError> {
+        let directory = self.directory();
+        match self.open.take() {
+            Some((open, file)) if open == object => Ok(file),
+            _ => match &mut self.things[object as usize] {
+                Thing::Memory(memory) => memory.open(&directory),
+                Thing::File(file) => file.open(),
+            },
+        }
     }
 
     // The pages of other memories that the frame's *same* ops refer to, in order.

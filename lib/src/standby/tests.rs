@@ -350,3 +350,80 @@ fn a_stream_out_of_order_is_refused() {
         assert!(deliver(&mut standby, records).is_err(), "{number}");
     }
 }
+
+// Descriptors of files below `root` that this process has open.
+fn open_below(root: &Path) -> usize {
+    let entries = fs::read_dir("/proc/self/fd").unwrap();
+    let targets = entries.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+    targets.filter(|target| target.starts_with(root)).count()
+}
+
+/// Held open until the end, the images of a tree of some hundred processes were more than a process
+/// may have open.
+#[test]
+fn one_file_at_a_time_is_open() {
+    let Place { _root, mut standby } = place();
+    let mut out = Outgoing::new(page_size());
+    let memories: Memories = (1..60)
+        .map(|pid| (PagemapName::Task(pid), [(pid, 1), (pid + 300, 2)].into()))
+        .collect();
+    let root = fs::canonicalize(standby.root()).unwrap();
+    let mut records = Vec::new();
+    out.begin(1, true, &mut records);
+    for_each_page(&memories, |name, address, bytes| {
+        out.dumped_pages(name, address, PageFlags::PRESENT, bytes, &mut records);
+    });
+    for pid in 1..60 {
+        let name = FileName::new(format!("core-{pid}.img")).unwrap();
+        let file = out.begin_file(FileMeta::new(name, 0o600, 0, page_size()), &mut records);
+        out.end_file(file);
+    }
+    out.end(&mut records);
+    for record in records {
+        deliver(&mut standby, vec![record]).unwrap();
+        assert!(open_below(&root) <= 1);
+    }
+    assert_eq!(open_below(&root), 0);
+    assert_eq!(read_back(&standby.root().join(FINAL)), memories);
+}
+
+/// 256 ops of 256 pages each would be 128 GiB of copies with the largest pages.
+#[test]
+fn copies_are_not_made_for_a_frame_that_is_refused() {
+    let begin = |standby: &mut Standby| {
+        let object = |id| Object::Memory(PagemapName::Task(id));
+        for note in [
+            StreamNote::Begin {
+                number: 1,
+                is_final: true,
+            },
+            StreamNote::Objects(vec![object(1), object(2)]),
+        ] {
+            standby.note(note).unwrap();
+        }
+    };
+    let frame = |object, ops: Vec<Op>, literal: Vec<u8>| {
+        Record::Frame(crate::delta::Changes {
+            object,
+            segment: 0,
+            ops,
+            literal,
+        })
+    };
+    let Place { _root, mut standby } = place();
+    begin(&mut standby);
+    let whole = vec![Op::Zero(256)];
+    deliver(&mut standby, vec![frame(0, whole, Vec::new())]).unwrap();
+    let copy = Op::Same(256, BlockRef { file: 0, block: 0 });
+    // A copy that cannot be made would be another error.
+    let never = Op::Same(
+        1,
+        BlockRef {
+            file: 0,
+            block: 999,
+        },
+    );
+    let too_many = frame(1, [vec![copy; 255], vec![never]].concat(), Vec::new());
+    let refused = deliver(&mut standby, vec![too_many]).unwrap_err();
+    assert!(refused.to_string().contains("wrong length"), "{refused}");
+}

@@ -9,6 +9,7 @@ use crxfer::delta::SetName;
 use crxfer::hooks::{Hook, HookSyntaxError, Hooks, Side};
 use crxfer::identity::Fingerprint;
 use crxfer::precopy::{Goals, OnSlow};
+use crxfer::transfer::migrate::Precopy;
 
 use super::{TransportArgs, set_name};
 use crate::exit;
@@ -55,6 +56,10 @@ pub(crate) struct MigrateArgs {
     /// Also write the report to this file, as JSON
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) report: Option<PathBuf>,
+
+    /// How memory is copied while the tree runs
+    #[arg(long, value_enum, default_value_t = PrecopyArg::Auto)]
+    pub(crate) precopy: PrecopyArg,
 
     /// Directory for the last, small images, best on a tmpfs [default: /run/crxfer]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
@@ -188,9 +193,10 @@ pub(crate) struct LinkArgs {
     #[arg(long, value_name = "RATE")]
     pub(crate) bwlimit: Option<Rate>,
 
-    /// Most bytes of memory read a second while the tree runs
-    #[arg(long, value_name = "RATE")]
-    pub(crate) read_limit: Option<Rate>,
+    /// Most bytes of memory read a second while the tree runs: reading takes a part of one core from
+    /// it
+    #[arg(long, value_name = "RATE", default_value = "1G")]
+    pub(crate) read_limit: Rate,
 
     /// Key of this host [default: crxfer/identity.pem in $XDG_STATE_HOME or ~/.local/state]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -238,6 +244,28 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "S", default_value = "5", requires = "allow_restore",
         value_parser = seconds)]
     pub(crate) hook_timeout: Duration,
+}
+
+/// `--precopy`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum PrecopyArg {
+    /// By pre-dumps where CRIU and the kernel can do them, else live
+    Auto,
+    /// Read from outside; never stops the tree
+    Live,
+    /// By CRIU's pre-dumps; each stops the tree for some milliseconds, and the last stop is shorter.
+    /// Needs a kernel that tracks writes (CONFIG_MEM_SOFT_DIRTY)
+    PreDump,
+}
+
+impl From<PrecopyArg> for Precopy {
+    fn from(precopy: PrecopyArg) -> Self {
+        match precopy {
+            PrecopyArg::Auto => Self::Auto,
+            PrecopyArg::Live => Self::Live,
+            PrecopyArg::PreDump => Self::PreDump,
+        }
+    }
 }
 
 /// `--on-slow`.

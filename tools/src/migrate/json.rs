@@ -106,6 +106,7 @@ pub(super) fn iteration(iteration: &IterationReport) -> Value {
         "link_wait_ms": ms(iteration.link_wait),
         "destination_wait_ms": ms(iteration.destination_wait),
         "destination_work_ms": ms(iteration.destination_work),
+        "frozen_ms": iteration.frozen.map(ms),
         "bytes_per_s": iteration.bytes_per_s.round(),
         "dirty_bytes_per_s": iteration.dirty_bytes_per_s.round(),
         "predicted_downtime_ms": ms(iteration.predicted_downtime),

@@ -12,8 +12,10 @@ use crate::hosts::Host;
 use crate::run;
 
 const INSTALL_SCRIPT: &str = include_str!("../install-criu.sh");
-/// Oldest version that the tests use: 4.1 cannot dump TCP sockets on Linux 6.16 and later.
-const OLDEST: (u32, u32) = (4, 2);
+/// Oldest version that the tests use, and that on Linux 6.16 and later, where 4.1 cannot dump TCP sockets.
+const OLDEST: (u32, u32) = (4, 1);
+const OLDEST_ON_LATE_KERNELS: (u32, u32) = (4, 2);
+const LATE_KERNEL: (u32, u32) = (6, 16);
 
 /// Runs the installing script with `options`.
 pub(crate) fn install(options: &[String]) -> Result<()> {
@@ -44,10 +46,8 @@ pub(crate) fn ensure() -> Result<Criu> {
     if let Some(criu) = Criu::find() {
         return criu.check();
     }
-    println!(
-        "installing CRIU {}.{} or later from Debian",
-        OLDEST.0, OLDEST.1
-    );
+    let (major, minor) = OLDEST_ON_LATE_KERNELS;
+    println!("installing CRIU {major}.{minor} or later from Debian");
     install(&[])?;
     Criu::find()
         .context("CRIU was installed, but is not in PATH")?
@@ -88,7 +88,7 @@ pub(crate) struct Criu {
 
 impl Criu {
     fn find() -> Option<Self> {
-        Self::at(&run::find_program("criu")?).filter(|criu| is_new_enough(&criu.version))
+        Self::at(&run::find_program("criu")?).filter(|criu| is_new_enough(&criu.version, &kernel()))
     }
 
     /// The criu command at `program`, of any version.
@@ -239,11 +239,24 @@ pub(crate) enum End {
     Kill,
 }
 
-fn is_new_enough(version: &str) -> bool {
+fn is_new_enough(version: &str, kernel: &str) -> bool {
+    let oldest = if major_minor(kernel) >= LATE_KERNEL {
+        OLDEST_ON_LATE_KERNELS
+    } else {
+        OLDEST
+    };
+    major_minor(version) >= oldest
+}
+
+fn kernel() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default()
+}
+
+fn major_minor(version: &str) -> (u32, u32) {
     let mut numbers = version
-        .split('.')
-        .map(|number| number.parse::<u32>().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= OLDEST
+        .split(['.', '-'])
+        .map(|number| number.trim().parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 fn log_of(file: &Path) -> String {
@@ -257,11 +270,13 @@ mod tests {
 
     #[test]
     fn versions_compare_by_number() {
-        assert!(is_new_enough("4.2.1"));
-        assert!(is_new_enough("4.10"));
-        assert!(is_new_enough("5.0"));
-        assert!(!is_new_enough("4.1.1"));
-        assert!(!is_new_enough("3.17.1"));
-        assert!(!is_new_enough("nonsense"));
+        let late = "6.18.5\n";
+        assert!(is_new_enough("4.2.1", late));
+        assert!(is_new_enough("4.10", late));
+        assert!(is_new_enough("5.0", late));
+        assert!(!is_new_enough("4.1.1", late));
+        assert!(is_new_enough("4.1.1", "6.12.48+deb13-amd64\n"));
+        assert!(!is_new_enough("3.17.1", "6.1.0-40-amd64\n"));
+        assert!(!is_new_enough("nonsense", late));
     }
 }

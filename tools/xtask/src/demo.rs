@@ -1,24 +1,25 @@
 //! `cargo xtask demo`: a running memcached moves from one host to another, and what that cost.
+//!
+//! Without root or CRIU: two checkpoints of a built-in workload, sent one after the other.
 
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use crate::checkpoint::{Synthetic, resolve};
-use crate::criu::{self, Criu, End};
+use crate::criu::{self, Criu};
+use crate::crxfer::migrate::Migration;
 use crate::crxfer::{Crxfer, Place, Receiver, Sent};
-use crate::hosts::{Hosts, Rate};
-use crate::run::Narrator;
+use crate::hosts::Rate;
+use crate::run::{self, Narrator};
 use crate::scratch::Scratch;
-use crate::workload::{Memcached, Values, Workload};
+use crate::stage::Stage;
 use crate::{apt, table};
 
-/// 10,000 values of 10 KiB make about 100 MB.
-const VALUES: usize = 10_000;
-const VALUE_BYTES: usize = 10 * 1024;
-/// One value of fifty is written between the dumps: 2 %.
+const MEGABYTES: u64 = 100;
+const WRITES: u32 = 50;
+/// Without CRIU: one page of fifty changes between the checkpoints.
 const STEP: usize = 50;
 const MEGABITS: u32 = 1000;
 /// Pages of the process that takes the place of memcached where CRIU cannot run: 100 MB.
@@ -41,10 +42,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         false => prepare().map_err(|error| format!("{error:#}")),
     };
     match criu {
-        Ok(criu) => with_criu(&narrator, &crxfer, &criu),
+        Ok(criu) => migrate(&narrator, &crxfer, &criu),
         Err(why) => {
             println!(
-                "no real CRIU here ({}): the same transfer with checkpoints of a built-in workload",
+                "no real CRIU here ({}): instead of a live migration, checkpoints of a built-in workload",
                 why.trim()
             );
             without_criu(&narrator, &crxfer)
@@ -55,68 +56,48 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 fn prepare() -> Result<Criu> {
     let criu = criu::ensure()?;
     apt::ensure(&apt::NETWORK)?;
-    apt::ensure(&[apt::MEMCACHED])?;
+    apt::ensure(&[apt::MEMCACHED, apt::ARPING])?;
     Ok(criu)
 }
 
-fn with_criu(narrator: &Narrator, crxfer: &Crxfer, criu: &Criu) -> Result<()> {
-    let scratch = Scratch::new("demo")?;
-    let hosts = Hosts::new(Rate::Megabits(MEGABITS))?;
+fn migrate(narrator: &Narrator, crxfer: &Crxfer, criu: &Criu) -> Result<()> {
+    // In memory: what arrives is restored at once.
+    let memory = Scratch::within(Path::new("/dev/shm"), "demo")?;
+    let stage = Stage::start(Rate::Megabits(MEGABITS), MEGABYTES, WRITES)?;
     narrator.step(&format!(
-        "two hosts, A and B, with a line of {MEGABITS} Mb/s between them"
+        "three hosts: A and B with lines of {MEGABITS} Mb/s, and C with clients"
     ));
-    let mut memcached = Memcached::new(Values::new(VALUES, VALUE_BYTES), STEP);
-    let pid = memcached.start(&hosts.a)?;
-    let amount = table::bytes(memcached.values.bytes() as u64);
     narrator.step(&format!(
-        "memcached runs on A (pid {pid}) and holds {VALUES} values, {amount}"
+        "memcached runs on A (pid {}) with {MEGABYTES} MB in values of 100 KB; a client on C rewrites \
+         {WRITES} a second over one connection, another asks every 2 ms",
+        stage.pid
     ));
-
-    let (first, second) = (
-        scratch.path().join("source/1"),
-        scratch.path().join("source/2"),
+    let hooks = Migration::hooks(&stage.network);
+    let hooks: Vec<&str> = hooks.iter().map(String::as_str).collect();
+    let place = Place::On(&stage.network.hosts.b);
+    let received = memory.path().join("received");
+    let receiver = crxfer.await_migration(place, &received, &hooks)?;
+    narrator.step("B: crxfer recv --allow-restore, with hooks that move the service's address");
+    narrator.step(&format!(
+        "A: crxfer migrate --pid {} --tcp-established (CRIU {})\n",
+        stage.pid, criu.version
+    ));
+    let from = &stage.network.hosts.a;
+    run::shown(&mut crxfer.show_migration(from, stage.pid, &receiver, &["--tcp-established"]))
+        .with_context(|| format!("crxfer recv said:\n{}", receiver.said()))?;
+    println!();
+    let seen = stage.moved().context("memcached on B is not what it was")?;
+    narrator.step(
+        "memcached runs on B and nowhere else; the writer's connection is the same as before",
     );
-    criu.dump(&hosts.a, pid, &first, End::LeaveRunning, &[])?;
     narrator.step(&format!(
-        "CRIU {} dumped it and left it running",
-        criu.version
+        "the client that asks every 2 ms got no answer for {:.0} ms",
+        seen.downtime.ms()
     ));
-    memcached.write(&hosts.a)?;
     narrator.step(&format!(
-        "{} of its values were written again",
-        VALUES / STEP
+        "all {} values are right, the {} that were acknowledged during the move among them",
+        seen.compared, seen.writes
     ));
-    criu.dump(&hosts.a, pid, &second, End::Kill, &[])?;
-    narrator.step("CRIU dumped it again and ended it: now it exists only in the images");
-
-    let received = scratch.path().join("received");
-    let receiver = crxfer.receive(Place::On(&hosts.b), &received, "incremental", &[])?;
-    let sets = [("1", first.as_path()), ("2", second.as_path())];
-    let sent = send_both(narrator, crxfer, Place::On(&hosts.a), &receiver, sets)?;
-
-    let begin = Instant::now();
-    criu.restore(
-        &hosts.b,
-        &received.join("2"),
-        &scratch.path().join("restore"),
-    )?;
-    let restored = begin.elapsed();
-    narrator.step("CRIU restored memcached on B from received/2 and its parent");
-    let compared = memcached
-        .check(&hosts.b)
-        .context("the restored memcached is not what it was")?;
-    narrator.step(&format!(
-        "all {compared} values were read on B and are right"
-    ));
-    print_table(&sent, Some(restored));
-    let changed = table::bytes((VALUES / STEP * VALUE_BYTES) as u64);
-    println!(
-        "\nThe first checkpoint crossed the line once. Of the second, also a full dump of {}, B already had\n\
-         all pages but those behind the {changed} that were written in between and what memcached itself touched,\n\
-         so {} crossed the line. Every value of memcached on B is the one that A had.",
-        table::bytes(sent[1].image_bytes),
-        table::bytes(sent[1].wire_bytes()),
-    );
     Ok(())
 }
 
@@ -147,7 +128,7 @@ fn without_criu(narrator: &Narrator, crxfer: &Crxfer) -> Result<()> {
         "all {} pages of received/2 were compared and are right",
         memory.pages()
     ));
-    print_table(&sent, None);
+    print_table(&sent);
     println!(
         "\nBoth sides ran on this machine. Of the second checkpoint, a full one of {}, the destination\n\
          already had all pages but {changed}, so {} crossed the line.",
@@ -192,22 +173,16 @@ fn directory_bytes(directory: &Path) -> Result<u64> {
     fs::read_dir(directory)?.try_fold(0, |sum, entry| Ok(sum + entry?.metadata()?.len()))
 }
 
-fn print_table(sent: &[Sent], restored: Option<Duration>) {
+fn print_table(sent: &[Sent]) {
     let head = [
         "step", "pages", "zero", "known", "twice", "zstd", "raw", "image", "wire", "time", "ratio",
     ];
     let names = ["first checkpoint", "second checkpoint"];
-    let mut rows: Vec<Vec<String>> = names
+    let rows: Vec<Vec<String>> = names
         .iter()
         .zip(sent)
         .map(|(name, sent)| row(name, sent))
         .collect();
-    if let Some(time) = restored {
-        let mut row = vec!["restore on B".to_owned()];
-        row.resize(head.len(), "–".to_owned());
-        row[head.len() - 2] = format!("{:.2} s", time.as_secs_f64());
-        rows.push(row);
-    }
     println!("\n{}", table::table(&head, &rows));
 }
 

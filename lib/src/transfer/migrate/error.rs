@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use crate::criu::CriuError;
 use crate::hooks::HookError;
+use crate::image::ImageError;
 use crate::live::LiveError;
 use crate::precopy::Why;
 use crate::preflight::{Outcome, PreflightError};
@@ -25,6 +26,17 @@ pub enum MigrateError {
     /// The running tree cannot be read.
     #[error(transparent)]
     Live(#[from] LiveError),
+    /// The caller's next dump could not be had.
+    #[error("iteration {number}: no dump to copy from: {source}")]
+    Dump {
+        /// For which iteration.
+        number: u32,
+        /// What the caller said.
+        source: std::io::Error,
+    },
+    /// The caller's dump cannot be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// CRIU's part failed here.
     #[error(transparent)]
     Criu(#[from] CriuError),

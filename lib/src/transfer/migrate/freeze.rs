@@ -6,6 +6,7 @@
 //!  driver           hears of each moment; at post-dump has the other images sent; asks for the vote
 //! ```
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::fd::AsFd as _;
@@ -15,6 +16,7 @@ use std::sync::mpsc as blocking;
 
 use bytes::Bytes;
 
+use super::iterate::Parent;
 use super::stream::RecordStream;
 use crate::criu::page_client::{self, PageSink, SinkError};
 use crate::criu::page_server::Batch;
@@ -43,6 +45,19 @@ pub(super) enum Moment {
     Ended { result: Result<(), CriuError> },
 }
 
+/// Makes the directory `parent/name`, mode 0700; `parent`, too, where it is missing.
+pub(super) fn private_directory(parent: &Path, name: &str) -> std::io::Result<PathBuf> {
+    let mut private = fs::DirBuilder::new();
+    private.mode(0o700);
+    if !parent.is_dir() {
+        private.recursive(true).create(parent)?;
+        private.recursive(false);
+    }
+    let path = parent.join(name);
+    private.create(&path)?;
+    Ok(path)
+}
+
 /// A place for the images of one dump; removed with this, except for logs where CRIU failed.
 #[derive(Debug)]
 pub(super) struct DumpPlace {
@@ -53,15 +68,8 @@ pub(super) struct DumpPlace {
 impl DumpPlace {
     /// Makes the directory `parent/name`, mode 0700.
     pub(super) fn create(parent: &Path, name: &str) -> std::io::Result<Self> {
-        let mut private = fs::DirBuilder::new();
-        private.mode(0o700);
-        if !parent.is_dir() {
-            private.recursive(true).create(parent)?;
-            private.recursive(false);
-        }
-        let root = parent.join(name);
-        private.create(&root)?;
-        private.create(root.join("images"))?;
+        let root = private_directory(parent, name)?;
+        private_directory(&root, "images")?;
         Ok(Self {
             root,
             keep_logs: false,
@@ -164,6 +172,8 @@ pub(super) struct Job {
     pub(super) criu: CriuOptions,
     pub(super) images: PathBuf,
     pub(super) work: PathBuf,
+    /// The pre-dump that this one builds on.
+    pub(super) parent: Option<Parent>,
 }
 
 /// Freezes and dumps. Returns at once; `tell` hears of everything that follows, from both threads.
@@ -191,6 +201,10 @@ pub(super) fn freeze(
         compared: Compared::default(),
         records: Vec::new(),
         has_begun: false,
+        held: job
+            .parent
+            .as_ref()
+            .map_or_else(BTreeSet::new, |parent| parent.held.clone()),
     };
     std::thread::Builder::new()
         .name("memory".to_owned())
@@ -219,6 +233,11 @@ fn dump(
         let (images, work) = (open(&job.images)?, open(&job.work)?);
         let mut options = DumpOptions::new(job.pid, images.as_fd(), work.as_fd(), job.criu.clone());
         options.page_server = true;
+        if let Some(parent) = &job.parent {
+            options.parent = Some(parent.link.clone());
+            options.track_mem = true;
+            options.pidfd_store = parent.pidfds.as_ref().map(|socket| socket.as_fd());
+        }
         worker.dump(&options, &mut |stage, _| match stage {
             Stage::PreDump => {
                 tell(Moment::Freezing {
@@ -268,6 +287,8 @@ struct Memory<T> {
     compared: Compared,
     records: Vec<Record>,
     has_begun: bool,
+    /// Tasks of which the destination holds what CRIU may leave out.
+    held: BTreeSet<PagemapName>,
 }
 
 impl<T: Fn(Moment)> PageSink for Memory<T> {
@@ -279,11 +300,11 @@ impl<T: Fn(Moment)> PageSink for Memory<T> {
             self.outgoing.begin(self.number, true, &mut self.records);
         }
         self.outgoing.open_dumped(space, &mut self.records);
-        Ok(false)
+        Ok(self.held.contains(&space))
     }
 
-    fn has_parent(&mut self, _: PagemapName) -> Result<bool, SinkError> {
-        Ok(false)
+    fn has_parent(&mut self, space: PagemapName) -> Result<bool, SinkError> {
+        Ok(self.held.contains(&space))
     }
 
     fn pages(&mut self, batch: &Batch, bytes: Bytes) -> Result<(), SinkError> {
@@ -326,6 +347,7 @@ pub(super) fn send_images(
     let mut names = Vec::new();
     for entry in fs::read_dir(images)? {
         let entry = entry?;
+        // Not CRIU's link to the pre-dump: the destination's directory has a parent of its own.
         if entry.file_type()?.is_file() {
             names.push(entry.file_name());
         }

@@ -22,6 +22,7 @@ use crate::transport::{self, Identity};
 
 pub use driver::migrate;
 pub use error::{MigrateError, MigrateFailure};
+pub use iterate::{Dumps, Precopy};
 pub use report::{Host, HostCheck, IterationReport, MigrationReport, Outcome, PhaseReport};
 
 /// What to move, and how.
@@ -35,6 +36,8 @@ pub struct MigrateOptions {
     pub target: Target,
     /// This host's key.
     pub identity: Identity,
+    /// How memory is copied while the tree runs.
+    pub precopy: Precopy,
     /// When to freeze.
     pub goals: Goals,
     /// After this long frozen the tree resumes here, whatever the other side does.

@@ -94,6 +94,8 @@ pub struct IterationReport {
     pub bytes_per_s: f64,
     /// Downtime that was expected after it, if frozen then.
     pub predicted_downtime: Duration,
+    /// How long the tree stood still for it, as CRIU says; `None` where it was only read.
+    pub frozen: Option<Duration>,
     /// Bytes of memory a second that the workload changes, as far as known.
     pub dirty_bytes_per_s: f64,
 }

@@ -24,6 +24,7 @@ fn an_iteration(number: u32, pages: u64) -> IterationReport {
         destination_work: ms(pages / 50),
         bytes_per_s: 80_000_000.0,
         predicted_downtime: ms(300 + pages / 100),
+        frozen: None,
         dirty_bytes_per_s: 5_000_000.0,
     }
 }

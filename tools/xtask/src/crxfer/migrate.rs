@@ -54,6 +54,23 @@ impl Crxfer {
     }
 }
 
+impl Crxfer {
+    /// The same for people: progress and report go where this program's output goes.
+    pub(crate) fn show_migration(
+        &self,
+        from: &Host,
+        pid: u32,
+        to: &Receiver,
+        more: &[&str],
+    ) -> Command {
+        let mut command = self.command(Place::On(from));
+        command
+            .args(["migrate", "--pid", &pid.to_string(), "--to", &to.target()])
+            .args(more);
+        command
+    }
+}
+
 impl Migration {
     /// Options for `crxfer recv` that make it move the service address, too.
     pub(crate) fn hooks(network: &Network) -> Vec<String> {
@@ -226,10 +243,14 @@ impl Ended {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Report {
     pub(crate) outcome: String,
+    pub(crate) method: String,
     pub(crate) downtime_ms: f64,
     pub(crate) total_ms: f64,
     pub(crate) wire_bytes: u64,
     pub(crate) criu_frozen_ms: Option<f64>,
+    /// Of the last dump.
+    pub(crate) dumped_pages: u64,
+    pub(crate) final_changed_pages: u64,
     pub(crate) clock_offset_ms: Option<f64>,
     pub(crate) clock_error_ms: Option<f64>,
     pub(crate) iterations: Vec<Iteration>,
@@ -246,6 +267,7 @@ pub(crate) struct Iteration {
     pub(crate) wire_bytes: u64,
     pub(crate) duration_ms: f64,
     pub(crate) predicted_downtime_ms: Option<f64>,
+    pub(crate) frozen_ms: Option<f64>,
 }
 
 /// One phase, on the source's clock.
@@ -268,10 +290,13 @@ impl Report {
         ensure!(!iterations.is_empty(), "no iterations");
         Ok(Self {
             outcome: text(value, "outcome")?,
+            method: text(value, "method")?,
             downtime_ms: number(value, "downtime_ms")?,
             total_ms: number(value, "total_ms")?,
             wire_bytes: value["wire_bytes"].as_u64().context("no wire_bytes")?,
             criu_frozen_ms: value["criu_frozen_ms"].as_f64(),
+            dumped_pages: value["final"]["dumped_pages"].as_u64().unwrap_or(0),
+            final_changed_pages: value["final"]["changed_pages"].as_u64().unwrap_or(0),
             clock_offset_ms: value["clock_offset_ms"].as_f64(),
             clock_error_ms: value["clock_error_ms"].as_f64(),
             iterations,
@@ -342,6 +367,7 @@ impl Iteration {
             wire_bytes: count("wire_bytes"),
             duration_ms: value["duration_ms"].as_f64().unwrap_or(0.0),
             predicted_downtime_ms: value["predicted_downtime_ms"].as_f64(),
+            frozen_ms: value["frozen_ms"].as_f64(),
         }
     }
 }

@@ -36,6 +36,7 @@ impl Driver<'_> {
             criu: self.options.criu.clone(),
             images: place.images(),
             work: place.root().to_owned(),
+            parent: self.parent.take(),
         };
         self.place = Some(place);
         self.until(|event| match event {
@@ -89,7 +90,10 @@ impl Driver<'_> {
                 Moment::Held { at_ns } => {
                     self.phase("dump the rest", from, at_ns);
                     let took = Duration::from_nanos(at_ns.saturating_sub(self.freezing_ns));
-                    costs::learn_dump(self.survey.facts.tree.memory_bytes, took);
+                    // One that builds on a pre-dump says nothing about others.
+                    if !self.is_chained {
+                        costs::learn_dump(self.survey.facts.tree.memory_bytes, took);
+                    }
                     held = true;
                 }
                 Moment::Ended { result } => return Err(ended(result)),

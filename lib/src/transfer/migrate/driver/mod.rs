@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::freeze::{self, DumpPlace, Frozen, Moment};
+use super::iterate::Parent;
 use super::report::{Host, HostCheck, MigrationReport, Outcome, PhaseReport, may_begin};
 use super::stream::RecordStream;
 use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions};
@@ -188,6 +189,9 @@ struct Driver<'a> {
     stream: Option<RecordStream>,
     frozen: Option<Frozen>,
     place: Option<DumpPlace>,
+    // Of the final dump; and whether there is one.
+    parent: Option<Parent>,
+    is_chained: bool,
     touched: bool,
     peer_phases: Vec<Phase>,
     phases: Vec<PhaseReport>,
@@ -278,6 +282,8 @@ impl<'a> Driver<'a> {
             stream: None,
             frozen: None,
             place: None,
+            parent: None,
+            is_chained: false,
             touched: false,
             peer_phases: Vec::new(),
             phases: Vec::new(),

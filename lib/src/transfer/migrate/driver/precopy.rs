@@ -8,14 +8,20 @@ use std::time::Duration;
 use tokio::task::spawn_blocking;
 
 use super::{Begun, Command, Counted, Driver, Event, Input};
-use crate::delta::{Compared, Outgoing};
-use crate::live::{LiveReader, Method, ReaderOptions};
-use crate::precopy::{Decision, Iteration};
-use crate::transfer::TransferError;
-use crate::transfer::migrate::iterate::{Reading, Scanned, iterate};
+use crate::delta::Outgoing;
+use crate::live::ReaderOptions;
+use crate::precopy::{Decision, Iteration, Why};
+use crate::transfer::migrate::iterate::{self, PrecopySource, Scanned, Setup};
 use crate::transfer::migrate::report::IterationReport;
 use crate::transfer::migrate::stream::RecordStream;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
+use crate::transfer::{TransferError, costs};
+
+/// The parts that read and compare, which move from thread to thread.
+pub(super) struct Reading {
+    outgoing: Outgoing,
+    source: Box<dyn PrecopySource>,
+}
 
 impl Driver<'_> {
     pub(super) async fn iterations(&mut self) -> Result<Outgoing, MigrateError> {
@@ -26,27 +32,25 @@ impl Driver<'_> {
             let _ = input.send(Input::Ended(error));
         });
         self.stream = Some(stream.clone());
-        let reader = ReaderOptions {
-            bytes_per_s: self.options.read_bytes_per_s,
-            ..ReaderOptions::default()
-        };
-        let (pid, page) = (self.options.pid, self.page);
-        let opening = spawn_blocking(move || LiveReader::new(pid, page, reader));
-        let reader = self.job(opening).await??;
-        self.report.method = match reader.method() {
-            Method::PagemapScan => "live, PAGEMAP_SCAN",
-            Method::Pagemap => "live, pagemap",
-        };
         let mut reading = Reading {
-            outgoing: Outgoing::new(page),
-            reader,
+            outgoing: Outgoing::new(self.page),
+            source: self.open_source().await?,
         };
         loop {
-            reading = self.iterate(reading, &stream).await?;
-            match self.decision() {
+            let (back, is_more) = self.iterate(reading, &stream).await?;
+            reading = back;
+            self.report.method = reading.source.method();
+            let decision = if is_more {
+                self.decision()
+            } else {
+                Decision::Freeze(Why::NothingMore)
+            };
+            match decision {
                 Decision::Again => {}
                 Decision::Freeze(why) => {
                     self.report.why_frozen = Some(why);
+                    self.parent = reading.source.into_parent();
+                    self.is_chained = self.parent.is_some();
                     return Ok(reading.outgoing);
                 }
                 Decision::GiveUp(why) => return Err(MigrateError::GivenUp(why)),
@@ -54,13 +58,42 @@ impl Driver<'_> {
         }
     }
 
-    pub(super) async fn iterate(
+    async fn open_source(&mut self) -> Result<Box<dyn PrecopySource>, MigrateError> {
+        let reader = ReaderOptions {
+            bytes_per_s: self.options.read_bytes_per_s,
+            ..ReaderOptions::default()
+        };
+        let setup = Setup {
+            pid: self.options.pid,
+            program: self.options.program.clone(),
+            criu: self.options.criu.clone(),
+            work: self.options.work.clone(),
+            name: self.id.to_string(),
+        };
+        let (precopy, page) = (self.options.precopy.clone(), self.page);
+        let opening = spawn_blocking(move || iterate::open(&precopy, page, reader, setup));
+        let source = self.job(opening).await??;
+        self.report.method = source.method();
+        Ok(source)
+    }
+
+    // False where there was nothing more to read.
+    async fn iterate(
         &mut self,
         mut reading: Reading,
         stream: &RecordStream,
-    ) -> Result<Reading, MigrateError> {
-        let number = self.session.begin_iteration();
+    ) -> Result<(Reading, bool), MigrateError> {
         let (begun, begun_ns) = (self.clock.elapsed(), self.clock.now_ns());
+        let next = u32::try_from(self.report.iterations.len()).unwrap_or(u32::MAX - 1) + 1;
+        let preparing = spawn_blocking(move || {
+            let is_more = reading.source.prepare(next);
+            (reading, is_more)
+        });
+        let (mut reading, is_more) = self.job(preparing).await?;
+        if !is_more? {
+            return Ok((reading, false));
+        }
+        let number = self.session.begin_iteration();
         let bytes_before = stream.written().bytes();
         self.emit(MigrateEvent::IterationBegun(number));
         let counted = Arc::<Counted>::default();
@@ -74,16 +107,13 @@ impl Driver<'_> {
         stream.stop(false);
         let (page, to) = (self.page, stream.clone());
         let scanning = spawn_blocking(move || {
-            let mut count = |compared: &Compared| {
+            let mut count = |covered: u64, changed: u64| {
                 let bytes = |pages| pages * page.bytes();
-                counted
-                    .scanned
-                    .store(bytes(compared.pages), Ordering::Relaxed);
-                counted
-                    .changed
-                    .store(bytes(compared.changed), Ordering::Relaxed);
+                counted.scanned.store(bytes(covered), Ordering::Relaxed);
+                counted.changed.store(bytes(changed), Ordering::Relaxed);
             };
-            let scanned = iterate(&mut reading, &to, number, &mut count);
+            let Reading { outgoing, source } = &mut reading;
+            let scanned = iterate::iterate(source.as_mut(), outgoing, &to, number, &mut count);
             (reading, scanned)
         });
         let (reading, scanned) = self.job(scanning).await?;
@@ -101,10 +131,10 @@ impl Driver<'_> {
         self.iterated(number, begun, streamed, &scanned, stream_bytes, work);
         let name = format!("iteration {number}");
         self.phase(&name, begun_ns, self.clock.now_ns());
-        Ok(reading)
+        Ok((reading, true))
     }
 
-    pub(super) fn iterated(
+    fn iterated(
         &mut self,
         number: u32,
         begun: Duration,
@@ -115,17 +145,17 @@ impl Driver<'_> {
     ) {
         let end = self.clock.elapsed();
         let compared = scanned.compared;
-        let scan_time = scanned.pass.took.saturating_sub(scanned.pass.waited);
         let iteration = Iteration {
             number,
             begin: begun,
             end,
-            scanned_bytes: compared.pages * self.page.bytes(),
-            scan_time: scan_time.saturating_sub(scanned.link_wait),
+            scanned_bytes: scanned.covered * self.page.bytes(),
+            scan_time: scanned.read.took.saturating_sub(scanned.link_wait),
             changed_bytes: compared.changed * self.page.bytes(),
             wire_bytes: stream_bytes,
             send_time: scanned.link_wait + (end - streamed),
         };
+        self.expect_dump(number, scanned);
         let decision = self.policy.after(&iteration);
         self.cut_short = Some(decision);
         let prediction = self.policy.predict();
@@ -144,13 +174,25 @@ impl Driver<'_> {
             destination_work: work,
             bytes_per_s,
             predicted_downtime: prediction.downtime,
+            frozen: scanned.read.frozen,
             dirty_bytes_per_s: prediction.dirty_bytes_per_s,
         };
+        self.report.notes.extend(scanned.read.note.clone());
         self.emit(MigrateEvent::IterationDone(report.clone()));
         self.report.iterations.push(report);
     }
 
-    pub(super) fn decision(&mut self) -> Decision {
+    // A dump that builds on a pre-dump does what that did, and the rest of a dump of so little memory.
+    fn expect_dump(&mut self, number: u32, scanned: &Scanned) {
+        let read = &scanned.read;
+        // The first one has no parent: it takes as long as a dump.
+        if let Some(frozen) = read.frozen.filter(|_| number > 1 && read.is_parent) {
+            let bytes = scanned.compared.pages * self.page.bytes();
+            self.policy.set_dump_cost(frozen + costs::dump(bytes));
+        }
+    }
+
+    fn decision(&mut self) -> Decision {
         self.cut_short.take().unwrap_or(Decision::Again)
     }
 }

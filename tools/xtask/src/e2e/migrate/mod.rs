@@ -1,6 +1,7 @@
 //! Programs that are moved while clients use them: one copy runs, with all that clients were told.
 
 mod crashes;
+mod pre_dumps;
 mod programs;
 mod scripts;
 mod trouble;
@@ -31,6 +32,7 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
     }
     programs::cases(context, report);
     scripts::cases(context, report);
+    pre_dumps::cases(context, report);
     trouble::cases(context, report);
     crashes::cases(context, report);
     zdtm::cases(context, report);
