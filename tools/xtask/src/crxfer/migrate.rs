@@ -114,6 +114,7 @@ impl Migration {
             child,
             collector,
             lines,
+            events: Vec::new(),
             report: self.report,
         })
     }
@@ -125,6 +126,8 @@ pub(crate) struct Migrating {
     child: Child,
     collector: JoinHandle<String>,
     lines: Lines<String>,
+    /// Those of its lines that were read already.
+    events: Vec<Value>,
     report: PathBuf,
 }
 
@@ -141,6 +144,26 @@ impl Migrating {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Waits until it tells of `event`, which it must before it ends.
+    pub(crate) fn await_event(&mut self, event: &str) -> Result<()> {
+        const LIMIT: Duration = Duration::from_secs(60);
+        loop {
+            let line = self.lines.recv_timeout(LIMIT);
+            let line = line.with_context(|| format!("crxfer migrate told of no {event:?}"))?;
+            let found = self.note(&line)?["event"] == *event;
+            if found {
+                return Ok(());
+            }
+        }
+    }
+
+    fn note(&mut self, line: &str) -> Result<&Value> {
+        let value = serde_json::from_str(line)
+            .with_context(|| format!("crxfer migrate printed a line that is no JSON: {line}"))?;
+        self.events.push(value);
+        Ok(self.events.last().expect("one was added"))
+    }
+
     /// Waits until it ends, for at most a few minutes.
     pub(crate) fn wait(mut self) -> Result<Ended> {
         let status = run::wait_for("crxfer migrate to end", Duration::from_secs(240), || {
@@ -151,11 +174,13 @@ impl Migrating {
             let _ = self.signal("KILL");
         }
         let code = status??.code();
-        let message = self.collector.join().unwrap_or_default();
-        for line in &self.lines {
-            serde_json::from_str::<Value>(&line).with_context(|| {
-                format!("crxfer migrate printed a line that is no JSON: {line}")
-            })?;
+        let collector = std::mem::replace(&mut self.collector, thread::spawn(String::new));
+        let mut message = collector.join().unwrap_or_default();
+        while let Ok(line) = self.lines.recv() {
+            self.note(&line)?;
+        }
+        for check in self.events.last().into_iter().flat_map(failed_checks) {
+            message.push_str(&check);
         }
         let report = fs::read_to_string(&self.report).ok();
         let report = report.map(|text| serde_json::from_str(&text)).transpose()?;
@@ -165,6 +190,15 @@ impl Migrating {
             report,
         })
     }
+}
+
+/// What the checks found that failed, a line for each: people get it in the message, programs in the
+/// last line.
+fn failed_checks(last: &Value) -> Vec<String> {
+    let checks = last["checks"].as_array().into_iter().flatten();
+    let failed = checks.filter(|check| check["outcome"] == "failed");
+    let line = |check: &Value| format!("{}: {}; {}\n", check["name"], check["found"], check["advice"]);
+    failed.map(line).collect()
 }
 
 /// How a `crxfer migrate` ended.

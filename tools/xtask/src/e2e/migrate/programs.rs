@@ -178,7 +178,7 @@ fn clocks(context: &Context) -> Result<String> {
     let mover = Mover::new(context)?;
     let shifted = context
         .crxfer
-        .with_env("CRXFER_TEST_CLOCK_SHIFT_NS", "3000000000");
+        .with_env("CRXFER_CLOCK_SHIFT_MS", "3000");
     let hooks = crate::crxfer::migrate::Migration::hooks(&stage.network);
     let hooks: Vec<&str> = hooks.iter().map(String::as_str).collect();
     let place = crate::crxfer::Place::On(&stage.network.hosts.b);
