@@ -119,9 +119,9 @@ impl MigrationDestination {
         };
         let (next, command) = match (self.state, step) {
             (state, Step::ClockAsk { asked_ns }) => (state, Command::Clock { asked_ns }),
-            // Refused already: nothing came.
+            // The source takes its offer back, which was refused: nothing is here.
             (State::Removed, Step::Abort(_)) => {
-                self.push(Message::Migration(Step::Aborted));
+                self.say(now, Step::Aborted);
                 return Ok(());
             }
             (State::Receiving, Step::PrepareFinal(number)) if number == self.iterations + 1 => {
@@ -136,11 +136,6 @@ impl MigrationDestination {
                 | State::Voted,
                 Step::Abort(reason),
             ) => (State::Removing, Command::Remove { reason }),
-            // The source takes its offer back, which was refused: nothing is here.
-            (State::Removed, Step::Abort(_)) => {
-                self.say(now, Step::Aborted);
-                return Ok(());
-            }
             _ => return Err(SessionError::Protocol("a message out of order")),
         };
         self.state = next;

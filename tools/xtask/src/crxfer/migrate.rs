@@ -139,6 +139,12 @@ impl Migrating {
         run::quiet(Command::new("kill").args(["-s", signal, &pid])).map(drop)
     }
 
+    /// Kills it at once, as a crash or a power cut would.
+    pub(crate) fn kill(&self) -> Result<()> {
+        hosts::kill(hosts::only_child(self.child.id())?);
+        Ok(())
+    }
+
     /// Whether it still runs.
     pub(crate) fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
