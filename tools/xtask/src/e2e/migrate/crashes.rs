@@ -32,7 +32,9 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
         let name = format!("migrate: ctrl-C in the {}", moment.name());
         report.case(&name, || interrupted(context, moment));
     }
-    report.case("migrate: full disk at the destination", || full_disk(context));
+    report.case("migrate: full disk at the destination", || {
+        full_disk(context)
+    });
 }
 
 /// How long a migration may take to come to its freeze.
@@ -75,7 +77,7 @@ impl Moment {
 
     fn await_in(self, stage: &Stage, migrating: &mut Migrating) -> Result<()> {
         match self {
-            Self::Preflight => Ok(()),
+            Self::Preflight => migrating.await_signals(),
             Self::Precopy => wait_for_precopy(stage, migrating),
             Self::Dump => migrating.await_event("freezing"),
             Self::Restore => {
@@ -126,7 +128,9 @@ fn ensure_gap(moment: Moment, gap_ms: f64) -> Result<()> {
 /// CRIU's network lock, where it is left.
 fn locks(host: &Host) -> Result<Vec<String>> {
     let tables = run::quiet(host.command("nft").args(["list", "tables"]))?;
-    let names = tables.lines().filter_map(|line| line.split_whitespace().nth(2));
+    let names = tables
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(2));
     let locks = names.filter(|name| name.starts_with("CRIU-"));
     Ok(locks.map(str::to_owned).collect())
 }

@@ -176,9 +176,7 @@ fn clocks(context: &Context) -> Result<String> {
     const SHIFT_MS: f64 = 3000.0;
     let stage = super::small(Rate::Megabits(1000))?;
     let mover = Mover::new(context)?;
-    let shifted = context
-        .crxfer
-        .with_env("CRXFER_CLOCK_SHIFT_MS", "3000");
+    let shifted = context.crxfer.with_env("CRXFER_CLOCK_SHIFT_MS", "3000");
     let hooks = crate::crxfer::migrate::Migration::hooks(&stage.network);
     let hooks: Vec<&str> = hooks.iter().map(String::as_str).collect();
     let place = crate::crxfer::Place::On(&stage.network.hosts.b);

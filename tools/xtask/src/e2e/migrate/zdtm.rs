@@ -99,6 +99,12 @@ impl Program {
     /// Starts `file` on A, moves it by `mover`, has it check itself on B.
     fn moves(file: &Path, mover: impl FnOnce(&Hosts, u32, &Scratch) -> Result<()>) -> Result<()> {
         let hosts = Hosts::new(Rate::Unlimited)?;
+        for host in [&hosts.a, &hosts.b] {
+            // Of one machine: a terminal that stands frozen on A would keep its number from B.
+            let script = "mount -t devpts -o newinstance,ptmxmode=0666 devpts /dev/pts
+                mount --bind /dev/pts/ptmx /dev/ptmx";
+            run::quiet(host.command("sh").args(["-e", "-c", script]))?;
+        }
         let memory = Scratch::within(Path::new("/dev/shm"), "zdtm-move")?;
         let files = Scratch::new("zdtm")?;
         let program = Self::start(&hosts, file, files.path())?;
