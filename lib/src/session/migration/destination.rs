@@ -119,11 +119,6 @@ impl MigrationDestination {
         };
         let (next, command) = match (self.state, step) {
             (state, Step::ClockAsk { asked_ns }) => (state, Command::Clock { asked_ns }),
-            // Refused already: nothing came.
-            (State::Removed, Step::Abort(_)) => {
-                self.push(Message::Migration(Step::Aborted));
-                return Ok(());
-            }
             (State::Receiving, Step::PrepareFinal(number)) if number == self.iterations + 1 => {
                 (State::Preparing, Command::PrepareFinal(number))
             }

@@ -197,7 +197,12 @@ impl Migrating {
 fn failed_checks(last: &Value) -> Vec<String> {
     let checks = last["checks"].as_array().into_iter().flatten();
     let failed = checks.filter(|check| check["outcome"] == "failed");
-    let line = |check: &Value| format!("{}: {}; {}\n", check["name"], check["found"], check["advice"]);
+    let line = |check: &Value| {
+        format!(
+            "{}: {}; {}\n",
+            check["name"], check["found"], check["advice"]
+        )
+    };
     failed.map(line).collect()
 }
 

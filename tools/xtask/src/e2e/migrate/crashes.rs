@@ -32,7 +32,9 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
         let name = format!("migrate: ctrl-C in the {}", moment.name());
         report.case(&name, || interrupted(context, moment));
     }
-    report.case("migrate: full disk at the destination", || full_disk(context));
+    report.case("migrate: full disk at the destination", || {
+        full_disk(context)
+    });
 }
 
 /// When it happens.
@@ -112,7 +114,9 @@ fn ensure_gap(moment: Moment, gap_ms: f64) -> Result<()> {
 /// CRIU's network lock, where it is left.
 fn locks(host: &Host) -> Result<Vec<String>> {
     let tables = run::quiet(host.command("nft").args(["list", "tables"]))?;
-    let names = tables.lines().filter_map(|line| line.split_whitespace().nth(2));
+    let names = tables
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(2));
     let locks = names.filter(|name| name.starts_with("CRIU-"));
     Ok(locks.map(str::to_owned).collect())
 }
