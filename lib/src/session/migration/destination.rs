@@ -119,11 +119,6 @@ impl MigrationDestination {
         };
         let (next, command) = match (self.state, step) {
             (state, Step::ClockAsk { asked_ns }) => (state, Command::Clock { asked_ns }),
-            // The source takes its offer back, which was refused: nothing is here.
-            (State::Removed, Step::Abort(_)) => {
-                self.say(now, Step::Aborted);
-                return Ok(());
-            }
             (State::Receiving, Step::PrepareFinal(number)) if number == self.iterations + 1 => {
                 (State::Preparing, Command::PrepareFinal(number))
             }
@@ -136,6 +131,11 @@ impl MigrationDestination {
                 | State::Voted,
                 Step::Abort(reason),
             ) => (State::Removing, Command::Remove { reason }),
+            // The source takes its offer back, which was refused: nothing is here.
+            (State::Removed, Step::Abort(_)) => {
+                self.say(now, Step::Aborted);
+                return Ok(());
+            }
             _ => return Err(SessionError::Protocol("a message out of order")),
         };
         self.state = next;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 
 use super::trouble::{TCP, UNNOTICED_MS, last_line, said, wait_for_precopy};
-use super::{Context, Mover, Report, small};
+use super::{Context, Mover, Report, Scope, small};
 use crate::crxfer::Receiver;
 use crate::crxfer::migrate::Migrating;
 use crate::hosts::{Host, Rate};
@@ -19,6 +19,17 @@ use crate::stage::Stage;
 const RESUMED_WITHIN_MS: f64 = 5_000.0;
 
 pub(super) fn cases(context: &Context, report: &mut Report) {
+    for moment in [Moment::Preflight, Moment::Dump, Moment::Restore] {
+        let name = format!("migrate: ctrl-C in the {}", moment.name());
+        report.case(&name, || interrupted(context, moment));
+    }
+    report.case("migrate: full disk at the destination", || {
+        full_disk(context)
+    });
+    if context.scope == Scope::Quick {
+        // The others wait until a dead host is noticed.
+        return;
+    }
     let moments = [Moment::Precopy, Moment::Dump, Moment::Restore];
     for moment in moments {
         let name = format!("migrate: source killed in the {}", moment.name());
@@ -28,13 +39,6 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
         let name = format!("migrate: destination killed in the {}", moment.name());
         report.case(&name, || killed_destination(context, moment));
     }
-    for moment in [Moment::Preflight, Moment::Dump, Moment::Restore] {
-        let name = format!("migrate: ctrl-C in the {}", moment.name());
-        report.case(&name, || interrupted(context, moment));
-    }
-    report.case("migrate: full disk at the destination", || {
-        full_disk(context)
-    });
 }
 
 /// How long a migration may take to come to its freeze.
