@@ -86,12 +86,15 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
     // A socket may be bound to an address that no device has (IP_FREEBIND): none needs it there either.
     let own_net = reading.tree.own_net_namespace;
     let needed = |socket: &Socket| own_net || has_address(socket.address);
+    // A file that came and went meanwhile is not there at the next look either.
+    let own_mounts = reading.tree.own_mount_namespace;
+    let stays = |file: &File| own_mounts || fs::symlink_metadata(&file.path).is_ok();
     Ok(Survey {
         facts: Facts {
             host,
             force: choices.force,
             tree: reading.tree,
-            files: reading.files.into_values().collect(),
+            files: reading.files.into_values().filter(stays).collect(),
             files_left_out: reading.files_left_out,
             sockets: reading.bound.into_iter().filter(needed).collect(),
         },

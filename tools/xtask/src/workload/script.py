@@ -1,6 +1,6 @@
 """Programs that nobody tuned crxfer for. Each checks its own memory all the time and tells of it.
 
-script.py KIND FILE: FILE gets "right ROUNDS" or "wrong WHAT", written anew every few rounds.
+script.py KIND FILE: FILE gets "right ROUNDS" or "wrong: WHAT", written anew every round.
 """
 import hashlib
 import mmap
@@ -15,11 +15,14 @@ PAGE = 4096
 MIB = 1 << 20
 
 
+TOLD = {}
+
+
 def tell(file, text):
-    draft = f"{file}.{os.getpid()}.new"
-    with open(draft, "w") as out:
-        out.write(text)
-    os.rename(draft, file)
+    # In one go into a file that stays: one that comes and goes might be open when the tree is looked at.
+    if file not in TOLD:
+        TOLD[file] = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
+    os.pwrite(TOLD[file], text.ljust(200).encode(), 0)
 
 
 def filled(number, round_, size=PAGE):
