@@ -1,6 +1,5 @@
 //! Migrations that succeed: a client's connections survive, and what a store acknowledged is there.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
