@@ -139,6 +139,26 @@ impl Migrating {
         run::quiet(Command::new("kill").args(["-s", signal, &pid])).map(drop)
     }
 
+    /// Waits until it takes signals, which is the first thing that it does.
+    pub(crate) fn await_signals(&self) -> Result<()> {
+        const INTERRUPT: u64 = 1 << 1;
+        run::wait_for("crxfer migrate to begin", Duration::from_secs(10), || {
+            let pid = hosts::only_child(self.child.id()).ok()?;
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let caught = status
+                .lines()
+                .find_map(|line| line.strip_prefix("SigCgt:"))?;
+            let caught = u64::from_str_radix(caught.trim(), 16).ok()?;
+            (caught & INTERRUPT != 0).then_some(())
+        })
+    }
+
+    /// Kills it at once, as a crash or a power cut would.
+    pub(crate) fn kill(&self) -> Result<()> {
+        hosts::kill(hosts::only_child(self.child.id())?);
+        Ok(())
+    }
+
     /// Whether it still runs.
     pub(crate) fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))

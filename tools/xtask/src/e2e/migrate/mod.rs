@@ -139,7 +139,11 @@ impl<'a> Mover<'a> {
             (is_gone && self.unfinished().is_empty()).then_some(())
         });
         removed.with_context(|| {
-            let processes = network.hosts.b.session_of(pid);
+            let stat = |pid| {
+                fs::read_to_string(network.hosts.b.file(format!("/proc/{pid}/stat").as_ref()))
+            };
+            let processes = network.hosts.b.session_of(pid).into_iter().map(stat);
+            let processes: Vec<_> = processes.flatten().collect();
             format!("processes {processes:?}, files of {:?}", self.unfinished())
         })?;
         self.ensure_nothing_published()?;

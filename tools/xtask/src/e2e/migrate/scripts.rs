@@ -3,7 +3,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{Context, Mover, Report};
+use super::{Context, Mover, Report, Scope};
 use crate::hosts::{Network, Rate};
 use crate::scratch::Scratch;
 use crate::workload::Script;
@@ -13,7 +13,13 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
         println!("  cases with python programs: skipped, there is no python3");
         return;
     }
-    for kind in ["threads", "sparse", "prefork", "growing", "forking"] {
+    let kinds = ["threads", "forking", "sparse", "prefork", "growing"];
+    let count = if context.scope == Scope::Quick {
+        2
+    } else {
+        kinds.len()
+    };
+    for kind in &kinds[..count] {
         let name = format!("migrate python {kind}");
         report.case(&name, || moved(context, kind));
     }
