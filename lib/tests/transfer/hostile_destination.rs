@@ -238,6 +238,7 @@ impl Ticking {
     }
 
     /// The longest time without a tick, until `stop`.
+    #[expect(clippy::disallowed_methods, reason = "a pause is measured")]
     async fn longest_pause(&self, stop: Arc<Mutex<bool>>) -> Duration {
         let (mut longest, mut last, mut since) = (Duration::ZERO, self.ticks(), Instant::now());
         loop {
