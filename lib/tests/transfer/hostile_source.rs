@@ -270,7 +270,7 @@ async fn a_tree_is_refused_where_only_images_are_taken() {
     let mut source = FakeSource::connect(&to, &Peer::new()).await;
     source.step(Step::Offer(Box::new(offer(1, &[])))).await;
     let failure = source.failure().await;
-    assert_eq!(failure.code, FailureCode::Cancelled);
+    assert_eq!(failure.code, FailureCode::Refused);
     assert!(failure.reason.contains("--allow-restore"), "{failure}");
     assert!(!to.dir.join(".crxfer/migrations").exists());
     to.stop().await;
@@ -391,7 +391,7 @@ async fn what_no_source_sends_ends_its_migration_only() {
                 for record in records {
                     source.bytes(encode(record)).await;
                 }
-                expected = FailureCode::Image;
+                expected = FailureCode::Criu;
             }
             // A commit before the vote, while the final iteration arrives.
             17 => {
