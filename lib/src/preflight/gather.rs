@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::facts::{CriuVersion, Facts, File, Host, Socket, SocketKind, Tree, limits};
+use super::found::has_address;
 use super::procfs::{self, Stat};
 use super::survey::{
     Choices, Deleted, Process, Supervisor, Survey, container_of, docker_id, is_user_manager,
@@ -82,6 +83,9 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
         peers_outside(&reading.inodes)
     };
     let (in_flight, nftables) = (reading.sockets(), has_nftables(&choices.criu));
+    // A socket may be bound to an address that no device has (IP_FREEBIND): none needs it there either.
+    let own_net = reading.tree.own_net_namespace;
+    let needed = |socket: &Socket| own_net || has_address(socket.address);
     Ok(Survey {
         facts: Facts {
             host,
@@ -89,7 +93,7 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
             tree: reading.tree,
             files: reading.files.into_values().collect(),
             files_left_out: reading.files_left_out,
-            sockets: reading.bound.into_iter().collect(),
+            sockets: reading.bound.into_iter().filter(needed).collect(),
         },
         choices: choices.clone(),
         processes: reading.processes,
