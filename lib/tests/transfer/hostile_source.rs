@@ -416,7 +416,6 @@ fn encode(record: Record) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "fails now and then: what still arrives is written while its directory is removed"]
 async fn a_source_that_leaves_or_gives_up_while_it_sends_leaves_nothing() {
     if !has_criu() {
         return;
@@ -456,7 +455,6 @@ async fn a_source_that_leaves_or_gives_up_while_it_sends_leaves_nothing() {
 
 /// The directory of the first would go with the end of the second.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "fails: the end of a migration removes the directory of its id, whoever made it"]
 async fn an_offer_with_the_id_of_another_does_not_harm_it() {
     if !has_criu() {
         return;
