@@ -292,6 +292,24 @@ impl MigrationSource {
         true
     }
 
+    /// The destination has given up: it says when nothing is left there. False where there is nothing
+    /// to wait for.
+    pub fn given_up(&mut self) -> bool {
+        self.frozen_until = None;
+        let waits = !matches!(
+            self.state,
+            State::AwaitWelcome
+                | State::AwaitOffered
+                | State::Committed
+                | State::Done
+                | State::Aborted
+        );
+        if waits {
+            self.state = State::Aborting;
+        }
+        waits
+    }
+
     /// The workload stays here: tells the destination to remove what came. False where it is too
     /// late, because the commit was sent, or where there is nobody to tell.
     pub fn abort(&mut self, now: Instant, reason: &str) -> bool {

@@ -9,7 +9,9 @@ use super::{Command, Driver, Event, RESUME_TIME, since};
 use crate::criu::{CriuError, Verdict};
 use crate::hooks;
 use crate::precopy::Measured;
+use crate::session::SessionError;
 use crate::session::migration::Owner;
+use crate::transfer::TransferError;
 use crate::transfer::migrate::freeze::Moment;
 use crate::transfer::migrate::report::{Host, MigrationReport, Outcome, PhaseReport};
 use crate::transfer::migrate::{MigrateError, MigrateEvent, MigrateFailure};
@@ -34,7 +36,12 @@ impl Driver<'_> {
             MigrateError::Stopped => "the source's operator stopped it".to_owned(),
             error => error.to_string(),
         };
-        let told = self.session.abort(Instant::now(), &reason);
+        let told = match &error {
+            MigrateError::Transfer(TransferError::Session(SessionError::Peer(_))) => {
+                self.session.given_up()
+            }
+            _ => self.session.abort(Instant::now(), &reason),
+        };
         let is_clean = told && {
             let aborted = self.until(|event| match event {
                 Event::Session(Command::Aborted) => Break(()),

@@ -169,6 +169,8 @@ impl Driver<'_> {
         }
         self.may_stop = false;
         if !self.session.commit(Instant::now()) {
+            // The freeze limit has passed, or the session is over.
+            self.session.handle_timeout(Instant::now())?;
             return Err(MigrateError::Stopped);
         }
         let running = self.until(|event| match event {
