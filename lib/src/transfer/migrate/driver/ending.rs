@@ -27,6 +27,8 @@ impl Driver<'_> {
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     pub(super) async fn give_up(&mut self, error: MigrateError) -> MigrateFailure {
         self.may_stop = false;
+        // Nothing is expected of an iteration any more.
+        self.iterating = None;
         if self.session.owner() == Owner::InDoubt {
             self.hold(&error).await;
         }

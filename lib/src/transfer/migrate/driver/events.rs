@@ -99,7 +99,7 @@ impl Driver<'_> {
             () = tokio::time::sleep_until(timeout) => self.session.handle_timeout(Instant::now())?,
             () = tokio::time::sleep_until(self.next_tick) => {
                 self.next_tick = tokio::time::Instant::now() + TICK;
-                self.tick();
+                self.tick()?;
             }
             stopped = stop.wait_for(|&stop| stop), if may_stop => {
                 if stopped.is_ok() {
@@ -124,12 +124,12 @@ impl Driver<'_> {
         }
     }
 
-    pub(super) fn tick(&mut self) {
+    pub(super) fn tick(&mut self) -> Result<(), MigrateError> {
         if self.clock.elapsed() >= self.clock_asked + CLOCK_EVERY {
             self.ask_clock();
         }
         let (Some(begun), Some(stream)) = (&self.iterating, &self.stream) else {
-            return;
+            return Ok(());
         };
         let number = begun.number;
         let scanned_bytes = begun.counted.scanned.load(Ordering::Relaxed);
@@ -144,9 +144,14 @@ impl Driver<'_> {
             wire_bytes: stream.written().bytes() - begun.bytes_before,
             send_time: busy,
         };
-        if self.policy.progress(&so_far) != Decision::Again {
+        match self.policy.progress(&so_far) {
+            Decision::Again => {}
             // What was read so far is a whole iteration for the destination; `after` says the rest.
-            stream.stop(true);
+            Decision::Freeze(_) => stream.stop(true),
+            Decision::GiveUp(why) => {
+                stream.stop(true);
+                return Err(MigrateError::GivenUp(why));
+            }
         }
         let (sent, received) = self.connection.wire_bytes();
         self.emit(MigrateEvent::Progress {
@@ -156,6 +161,7 @@ impl Driver<'_> {
             wire_bytes: sent + received,
             prediction: self.policy.predict(),
         });
+        Ok(())
     }
 
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
