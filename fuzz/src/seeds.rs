@@ -13,9 +13,9 @@ use crxfer::identity::Fingerprint;
 use crxfer::page::PageSize;
 use crxfer::preflight;
 use crxfer::store::Index;
-use crxfer::testing::fuzz::{sample_messages, session_seeds};
+use crxfer::testing::fuzz::{sample_messages, sample_notes, sample_steps, session_seeds, standby_seeds};
 use crxfer::ticket::{Secret, Ticket};
-use crxfer::wire::{Codec, FrameHeader, Op, encode_ops};
+use crxfer::wire::{Codec, FrameHeader, Message, Op, encode_ops};
 
 type Done = Result<(), Box<dyn Error>>;
 
@@ -32,6 +32,7 @@ fn main() -> Done {
     index()?;
     facts()?;
     page_streams()?;
+    migrations()?;
     sessions()
 }
 
@@ -146,6 +147,20 @@ fn page_streams() -> Done {
 fn sessions() -> Done {
     for (name, operations) in session_seeds() {
         put("session", name, &operations)?;
+    }
+    Ok(())
+}
+
+fn migrations() -> Done {
+    for (index, note) in sample_notes().iter().enumerate() {
+        // Without its byte and its length.
+        put("stream_note", &format!("note-{index:02}"), &note.encode()[5..])?;
+    }
+    for (index, step) in sample_steps().into_iter().enumerate() {
+        put("stream_note", &format!("step-{index:02}"), &Message::Migration(step).encode())?;
+    }
+    for (name, records) in standby_seeds() {
+        put("standby", name, &records)?;
     }
     Ok(())
 }

@@ -102,6 +102,8 @@ fn migration(failure: &MigrateFailure) -> String {
             }
         }
         MigrateError::Stopped => why.to_owned(),
+        // Its own text speaks of sending images again.
+        MigrateError::Transfer(TransferError::Transport(error)) => with_causes(error),
         error => with_causes(error),
     };
     format!("{why}; {fate}")

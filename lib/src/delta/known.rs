@@ -1,13 +1,16 @@
 //! What the destination of a live migration holds, as the source knows it: the digest of every page
 //! that was sent, by its place. What is read again is compared here; only what differs is sent.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use super::{BlockRef, SEGMENT_BYTES};
 use crate::digest::{Digest, hash_blocks, zero_digest};
 use crate::image::PagemapName;
 use crate::page::PageSize;
 use crate::wire::Op;
+
+/// Pages that are entered together: 512 bytes, so that one page far from all others costs little.
+const GROUP: usize = 16;
 
 /// Nothing has this digest: that page has not been sent.
 const NOT_SENT: Digest = Digest([0; 32]);
@@ -51,7 +54,8 @@ pub struct Known {
     segment_pages: usize,
     zero: Digest,
     objects: HashMap<PagemapName, u32>,
-    tables: Vec<BTreeMap<u64, Box<[Digest]>>>,
+    // For each object, by the number of the group.
+    tables: Vec<HashMap<u64, Box<[Digest; GROUP]>>>,
     // Eight bytes of a digest to the place where such a page was sent last: a hint, checked against
     // the table before it is used.
     places: HashMap<u64, BlockRef>,
@@ -97,7 +101,7 @@ impl Known {
 
     /// An index for something else that is sent.
     pub fn new_object(&mut self) -> u32 {
-        self.tables.push(BTreeMap::new());
+        self.tables.push(HashMap::new());
         self.next_object += 1;
         self.next_object - 1
     }
@@ -135,10 +139,9 @@ impl Known {
 
     /// The digest of a page that is held.
     pub fn digest(&self, object: u32, page: u64) -> Option<Digest> {
-        let per_segment = self.segment_pages as u64;
         let table = self.tables.get(object as usize)?;
-        let segment = table.get(&(page / per_segment))?;
-        let digest = segment[index_in(page, per_segment)];
+        let group = table.get(&(page / GROUP as u64))?;
+        let digest = group[index_in(page, GROUP as u64)];
         (digest != NOT_SENT).then_some(digest)
     }
 
@@ -175,10 +178,9 @@ impl Known {
             self.described = 0;
         }
         let table = &mut self.tables[object as usize];
-        let segment_pages = self.segment_pages;
-        let slot = &mut table
-            .entry(segment)
-            .or_insert_with(|| vec![NOT_SENT; segment_pages].into())[index];
+        let group = table.entry(page / GROUP as u64);
+        let group = group.or_insert_with(|| Box::new([NOT_SENT; GROUP]));
+        let slot = &mut group[index_in(page, GROUP as u64)];
         let mut compared = Compared {
             pages: 1,
             ..Compared::default()

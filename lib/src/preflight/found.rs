@@ -140,6 +140,16 @@ fn binding(socket: &Socket) -> Binding {
     }
 }
 
+/// Whether this host has `address`, as far as the kernel tells.
+pub(super) fn has_address(address: IpAddr) -> bool {
+    let socket = Socket {
+        address,
+        port: 0,
+        kind: SocketKind::Udp,
+    };
+    try_bind(&socket) != Err(Errno::ADDRNOTAVAIL)
+}
+
 fn try_bind(socket: &Socket) -> Result<(), Errno> {
     let kind = match socket.kind {
         SocketKind::Udp => SocketType::DGRAM,
@@ -174,6 +184,14 @@ fn nonlocal(socket: &Socket) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_of_this_host_are_told_from_others() {
+        assert!(has_address("127.0.0.1".parse().expect("an address")));
+        assert!(has_address("0.0.0.0".parse().expect("an address")));
+        let other = socket("192.0.2.77", 0, SocketKind::Udp);
+        assert!(nonlocal(&other) || !has_address(other.address));
+    }
 
     fn socket(address: &str, port: u16, kind: SocketKind) -> Socket {
         Socket {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::facts::{CriuVersion, Facts, File, Host, Socket, SocketKind, Tree, limits};
+use super::found::has_address;
 use super::procfs::{self, Stat};
 use super::survey::{
     Choices, Deleted, Process, Supervisor, Survey, container_of, docker_id, is_user_manager,
@@ -82,14 +83,20 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
         peers_outside(&reading.inodes)
     };
     let (in_flight, nftables) = (reading.sockets(), has_nftables(&choices.criu));
+    // A socket may be bound to an address that no device has (IP_FREEBIND): none needs it there either.
+    let own_net = reading.tree.own_net_namespace;
+    let needed = |socket: &Socket| own_net || has_address(socket.address);
+    // A file that came and went meanwhile is not there at the next look either.
+    let own_mounts = reading.tree.own_mount_namespace;
+    let stays = |file: &File| own_mounts || fs::symlink_metadata(&file.path).is_ok();
     Ok(Survey {
         facts: Facts {
             host,
             force: choices.force,
             tree: reading.tree,
-            files: reading.files.into_values().collect(),
+            files: reading.files.into_values().filter(stays).collect(),
             files_left_out: reading.files_left_out,
-            sockets: reading.bound.into_iter().collect(),
+            sockets: reading.bound.into_iter().filter(needed).collect(),
         },
         choices: choices.clone(),
         processes: reading.processes,

@@ -15,6 +15,9 @@ use crate::page::PageSize;
 use crate::store::Tried as _;
 use crate::wire::{FrameHeader, Op};
 
+/// Pages that are entered together: 640 bytes, so that one page far from all others costs little.
+const GROUP: usize = 16;
+
 #[derive(Clone, Copy, Debug)]
 struct Slot {
     digest: Digest,
@@ -46,7 +49,8 @@ pub(super) struct Memory {
     page: PageSize,
     segment_pages: usize,
     zero: Digest,
-    table: BTreeMap<u64, Box<[Slot]>>,
+    // By the number of the group.
+    table: BTreeMap<u64, Box<[Slot; GROUP]>>,
     out: Option<Out>,
     // Of the final iteration, where the dump holds this memory.
     runs: Option<Vec<PageRun>>,
@@ -159,14 +163,13 @@ impl Memory {
     }
 
     fn set(&mut self, page: u64, slot: Slot) {
-        let per_segment = self.segment_pages;
-        let index = self.index(page);
-        let segment = self.table.entry(page / per_segment as u64);
+        let (group, index) = group_of(page);
         let empty = Slot {
             digest: Digest([0; 32]),
             place: PlaceOf::default(),
         };
-        let slots = segment.or_insert_with(|| vec![empty; per_segment].into());
+        let group = self.table.entry(group);
+        let slots = group.or_insert_with(|| Box::new([empty; GROUP]));
         if slots[index].place.iteration != 0 {
             self.replaced.push(slots[index].place);
         }
@@ -174,13 +177,9 @@ impl Memory {
     }
 
     fn get(&self, page: u64) -> Option<Slot> {
-        let slots = self.table.get(&(page / self.segment_pages as u64))?;
-        let slot = slots[self.index(page)];
+        let (group, index) = group_of(page);
+        let slot = self.table.get(&group)?[index];
         (slot.place.iteration != 0).then_some(slot)
-    }
-
-    fn index(&self, page: u64) -> usize {
-        usize::try_from(page % self.segment_pages as u64).expect("within a segment")
     }
 
     /// The bytes of a page, checked.
@@ -193,8 +192,8 @@ impl Memory {
         let file = File::open(&path).tried("open", &path)?;
         let mut bytes = vec![0; self.page.byte_len()];
         let offset = u64::from(slot.place.index) * self.page.bytes();
-        file.read_exact_at(&mut bytes, offset)
-            .tried("read", &path)?;
+        // Zero pages at the end of a file that still grows are not there yet.
+        read_to_end_at(&file, &mut bytes, offset).tried("read", &path)?;
         let run = VerifiedRun::hash(bytes.into(), self.page.byte_len());
         match run.digests()[0] == slot.digest {
             true => Ok(run),
@@ -217,7 +216,7 @@ impl Memory {
                 return Err(StandbyError::Protocol("pages out of order"));
             }
             // More runs than pages: they would only take memory.
-            if known.len() >= self.table.len() * self.segment_pages {
+            if known.len() >= self.table.len() * GROUP {
                 return Err(StandbyError::Protocol(
                     "a page of the dump that was not sent",
                 ));
@@ -235,9 +234,9 @@ impl Memory {
         iteration: u32,
     ) -> Result<(), StandbyError> {
         let mut runs = Vec::new();
-        for (segment, slots) in &self.table {
-            let first = segment * self.segment_pages as u64;
-            for (page, slot) in (first..).zip(slots) {
+        for (group, slots) in &self.table {
+            let first = group * GROUP as u64;
+            for (page, slot) in (first..).zip(slots.iter()) {
                 let flags = match slot.place.iteration {
                     0 => continue,
                     at if at == iteration => PageFlags::PRESENT,
@@ -393,6 +392,25 @@ impl Out {
             .write_all_at(bytes, offset)
             .tried("write", &self.path)?)
     }
+}
+
+fn group_of(page: u64) -> (u64, usize) {
+    let group = GROUP as u64;
+    let index = usize::try_from(page % group).expect("within a group");
+    (page / group, index)
+}
+
+fn read_to_end_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], offset + done as u64) {
+            Ok(0) => return Ok(()),
+            Ok(read) => done += read,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn literal_pages(op: &Op) -> u64 {

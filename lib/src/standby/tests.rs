@@ -1,3 +1,5 @@
+mod random;
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 

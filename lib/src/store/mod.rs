@@ -6,6 +6,7 @@
 //! DIR/.crxfer/base/ID/      a set that others build on: the same files by hard links, or moved here
 //! DIR/.crxfer/stage/N/      a transfer under way: `about`, `files/`
 //! DIR/.crxfer/partial/N/    what a transfer that ended early left: `about`, `files/`, `index`
+//! DIR/.crxfer/migrations/ID/ memory and images of a process tree that is on its way
 //! ```
 //! A set that another builds on gets a place of its own under `base`, and links lead there, never
 //! to a name: names can be given to newer generations at any time. The one exception is a faithful

@@ -9,7 +9,7 @@ use crate::delta::{BlockRef, FileMeta, FileName, SetName};
 use crate::digest::Digest;
 use crate::identity::Fingerprint;
 use crate::image::framing::Records;
-use crate::image::{DumpStats, Inventory, Pagemap};
+use crate::image::{DumpStats, Inventory, PageFlags, PageRun, Pagemap, PagemapName};
 use crate::page::PageSize;
 use crate::preflight::{Facts, decode_checks, encode_checks, limits as facts_limits};
 use crate::store::Index;
@@ -17,10 +17,12 @@ use crate::text;
 use crate::ticket::Ticket;
 use crate::wire::{
     BeginSet, BlockId, Codec, Failure, FailureCode, FrameHeader, HEADER_LEN, Hello, Layout,
-    Message, Published, SegmentAt, Welcome, decode_ops, encode_ops, limits,
+    Message, MigrationId, Object, Offer, Offered, Phase, Published, RecordKind, RestoreOptions,
+    SegmentAt, Step, StreamNote, Welcome, decode_ops, encode_ops, limits,
 };
 
 pub use super::session_fuzz::{session, session_seeds};
+pub use super::standby_fuzz::{standby, standby_seeds};
 
 /// One target: takes the fuzzer's bytes.
 pub type Target = fn(&[u8]);
@@ -37,6 +39,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("session", session),
     ("preflight", preflight),
     ("page_stream", page_stream),
+    ("stream_note", stream_note),
+    ("standby", standby),
 ];
 
 /// Records of an image: they follow one another without a gap and end with the file or an error.
@@ -181,6 +185,28 @@ pub fn wire_message(data: &[u8]) {
     assert_eq!(again.encode(), bytes);
 }
 
+/// What a live migration says: a note of its stream, or a step on the control stream.
+pub fn stream_note(data: &[u8]) {
+    if let Ok(note) = StreamNote::decode(data) {
+        let bytes = note.encode();
+        let (head, body) = bytes.split_at(5);
+        assert_eq!(RecordKind::from_byte(head[0]), Ok(RecordKind::Note));
+        assert_eq!(
+            head[1..],
+            u32::to_le_bytes(body.len().try_into().expect("a note"))
+        );
+        assert!(body.len() <= limits::STREAM_NOTE as usize || data.len() > body.len() / 2);
+        assert_eq!(StreamNote::decode(body), Ok(note));
+    }
+    if let Ok(message @ Message::Migration(_)) = Message::decode(data) {
+        let bytes = message.encode();
+        let again = Message::decode(&bytes).expect("what is written can be read");
+        // Texts at their very limit may be cut once.
+        assert!(again == message || data.len() > limits::TEXT);
+        assert_eq!(again.encode(), bytes);
+    }
+}
+
 /// A frame: header, ops and payload one behind the other, as they stand on a stream.
 pub fn page_frame(data: &[u8]) {
     let Some((head, rest)) = data.split_first_chunk::<HEADER_LEN>() else {
@@ -259,7 +285,7 @@ pub fn preflight(data: &[u8]) {
     }
 }
 
-fn tempfile_directory() -> std::path::PathBuf {
+pub(super) fn tempfile_directory() -> std::path::PathBuf {
     let memory = std::path::Path::new("/dev/shm");
     if memory.is_dir() {
         memory.to_owned()
@@ -350,5 +376,94 @@ pub fn sample_messages() -> Vec<Message> {
         Message::Working,
         Message::Published(published),
         Message::Failure(Failure::new(FailureCode::Storage, "disk full")),
+    ]
+}
+
+/// One of each step of a live migration: seeds of the corpus.
+///
+/// # Panics
+/// Never: sizes are constants.
+pub fn sample_steps() -> Vec<Step> {
+    let offer = Offer {
+        id: MigrationId([7; 16]),
+        name: "web".into(),
+        page_size: PageSize::new(4096).expect("a page size"),
+        memory_bytes: 1 << 30,
+        facts: vec![1, 2, 3],
+        options: RestoreOptions {
+            tcp_established: true,
+            external: vec!["mnt[/x]:y".into()],
+            manage_cgroups: "soft".into(),
+            ..RestoreOptions::default()
+        },
+        dry_run: true,
+    };
+    let phase = Phase {
+        name: "restore".into(),
+        begin_ns: 1,
+        end_ns: 2,
+    };
+    vec![
+        Step::Offer(Box::new(offer)),
+        Step::Offered(Offered {
+            checks: vec![4],
+            restore_ns: 5,
+            criu: "4.2.1".into(),
+        }),
+        Step::IterationDone {
+            number: 3,
+            stored_bytes: 4,
+            work_ns: 5,
+        },
+        Step::PrepareFinal(4),
+        Step::FinalReady,
+        Step::Built,
+        Step::Commit,
+        Step::Running {
+            pid: 12,
+            resumed_ns: 13,
+            phases: vec![phase],
+            notes: vec!["a note".into()],
+        },
+        Step::Abort("because".into()),
+        Step::Aborted,
+        Step::ClockAsk { asked_ns: 1 },
+        Step::ClockTell {
+            asked_ns: 1,
+            here_ns: 2,
+        },
+    ]
+}
+
+/// One of each note of a migration's stream: seeds of the corpus.
+///
+/// # Panics
+/// Never: names and sizes are constants.
+pub fn sample_notes() -> Vec<StreamNote> {
+    let run = |vaddr, pages| PageRun {
+        vaddr,
+        pages,
+        flags: PageFlags::PRESENT,
+    };
+    let file = Object::File {
+        name: FileName::new("core-4.img").expect("a good name"),
+        mode: 0o644,
+        size: 10,
+    };
+    let task = Object::Memory(PagemapName::Task(4));
+    let shared = Object::Memory(PagemapName::Shmem(5));
+    let end = |root| StreamNote::End { number: 1, root };
+    vec![
+        StreamNote::Begin {
+            number: 1,
+            is_final: true,
+        },
+        StreamNote::Objects(vec![task, shared, file]),
+        StreamNote::Runs {
+            object: 1,
+            runs: vec![run(0x7000, 3), run(0x7fff_0000_0000, 1 << 20)],
+        },
+        end(Some(Digest([3; 32]))),
+        end(None),
     ]
 }

@@ -330,7 +330,10 @@ impl DestinationHost {
                 DestinationCommand::Prepare(begin, files) => {
                     return Ok(Some(DestinationOutput::Prepare(begin, files)));
                 }
-                DestinationCommand::Migrate(_) => unreachable!("nobody offers a tree here"),
+                // As a receiver that takes images only.
+                DestinationCommand::Migrate(_) => {
+                    return Err(SessionError::Protocol("a tree is offered"));
+                }
                 DestinationCommand::Store(job) => {
                     assert_eq!(self.unwritten, 0, "stored before all was written");
                     return Ok(Some(DestinationOutput::Store(job)));

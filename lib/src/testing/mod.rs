@@ -10,6 +10,7 @@ mod hosts;
 mod rng;
 mod session_fuzz;
 mod sets;
+mod standby_fuzz;
 mod world;
 
 pub use hosts::{

@@ -1,6 +1,7 @@
 //! What CRIU's dump and restore cost on this host: measured in each migration, remembered for the next.
 
 use std::fs;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -83,6 +84,9 @@ fn remember(dump: Cost, restore: Cost) {
         dump.base_ns, dump.ns_per_mib, restore.base_ns, restore.ns_per_mib
     );
     let path = place();
+    if let Some(parent) = path.parent() {
+        let _ = fs::DirBuilder::new().mode(0o700).create(parent);
+    }
     // An estimate: where it cannot be kept the next one begins anew.
     let draft = path.with_extension(std::process::id().to_string());
     if fs::write(&draft, text).is_ok() {

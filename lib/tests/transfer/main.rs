@@ -2,6 +2,8 @@
 //! receiving directory.
 
 mod bad_input;
+mod hostile_destination;
+mod hostile_source;
 mod images;
 mod interrupted;
 mod layouts;

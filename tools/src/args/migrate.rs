@@ -140,6 +140,10 @@ pub(crate) struct CriuArgs {
     #[arg(long, conflicts_with = "tcp_established")]
     pub(crate) tcp_close: bool,
 
+    /// Drop TCP connections that are still being made: their clients try again
+    #[arg(long)]
+    pub(crate) skip_in_flight: bool,
+
     /// The tree was started from a terminal, which stays behind
     #[arg(long)]
     pub(crate) shell_job: bool,
@@ -306,6 +310,7 @@ impl CriuArgs {
         CriuOptions {
             tcp_established: self.tcp_established,
             tcp_close: self.tcp_close,
+            tcp_skip_in_flight: self.skip_in_flight,
             shell_job: self.shell_job,
             file_locks: self.file_locks,
             link_remap: self.link_remap,

@@ -131,6 +131,11 @@ impl MigrationDestination {
                 | State::Voted,
                 Step::Abort(reason),
             ) => (State::Removing, Command::Remove { reason }),
+            // The source takes its offer back, which was refused: nothing is here.
+            (State::Removed, Step::Abort(_)) => {
+                self.say(now, Step::Aborted);
+                return Ok(());
+            }
             _ => return Err(SessionError::Protocol("a message out of order")),
         };
         self.state = next;

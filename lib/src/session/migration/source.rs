@@ -128,8 +128,7 @@ impl MigrationSource {
 
     /// The time that `poll_timeout` named has come.
     pub fn handle_timeout(&mut self, now: Instant) -> Result<(), SessionError> {
-        if self.frozen_until.is_some_and(|until| now >= until) {
-            self.frozen_until = None;
+        if self.is_frozen_too_long(now) {
             return Err(SessionError::FreezeLimit(self.freeze_limit));
         }
         if self.liveness.check(now)? {
@@ -280,16 +279,35 @@ impl MigrationSource {
     /// The destination may let its copy go. The source's tree must stay frozen from now on until
     /// [`MigrationSourceCommand::Running`].
     ///
-    /// False where it is too late for that: the session was given up.
+    /// False where it is too late for that: the session was given up, or the freeze limit has passed,
+    /// be it that nobody has noticed yet.
     #[must_use]
     pub fn commit(&mut self, now: Instant) -> bool {
-        if self.state != State::Built {
+        if self.state != State::Built || self.is_frozen_too_long(now) {
             return false;
         }
         self.state = State::Committed;
         self.frozen_until = None;
         self.say(now, Step::Commit);
         true
+    }
+
+    /// The destination has given up: it says when nothing is left there. False where there is nothing
+    /// to wait for.
+    pub fn given_up(&mut self) -> bool {
+        self.frozen_until = None;
+        let waits = !matches!(
+            self.state,
+            State::AwaitWelcome
+                | State::AwaitOffered
+                | State::Committed
+                | State::Done
+                | State::Aborted
+        );
+        if waits {
+            self.state = State::Aborting;
+        }
+        waits
     }
 
     /// The workload stays here: tells the destination to remove what came. False where it is too
@@ -309,6 +327,10 @@ impl MigrationSource {
                 true
             }
         }
+    }
+
+    fn is_frozen_too_long(&self, now: Instant) -> bool {
+        self.frozen_until.is_some_and(|until| now >= until)
     }
 
     /// Asks the destination for the time.

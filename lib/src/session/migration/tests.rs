@@ -1,3 +1,6 @@
+mod model;
+mod simulation;
+
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -8,6 +11,24 @@ use crate::wire::{
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
+
+fn config() -> SourceConfig {
+    SourceConfig {
+        software: "test".into(),
+        ticket_proof: None,
+        expected_proof: None,
+    }
+}
+
+fn welcome(version: u32) -> Message {
+    Message::Welcome(Welcome {
+        version,
+        software: "test".into(),
+        ticket_proof: None,
+        layout: crate::wire::Layout::Faithful,
+        max_set_bytes: None,
+    })
+}
 
 struct Pair {
     now: Instant,
@@ -42,14 +63,9 @@ impl Pair {
     #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
     fn new() -> Self {
         let now = Instant::now();
-        let config = SourceConfig {
-            software: "test".into(),
-            ticket_proof: None,
-            expected_proof: None,
-        };
         let mut pair = Self {
             now,
-            source: MigrationSource::new(config, offer(), LIMIT, now),
+            source: MigrationSource::new(config(), offer(), LIMIT, now),
             destination: MigrationDestination::new(now),
             at_source: Vec::new(),
             at_destination: Vec::new(),
@@ -61,14 +77,9 @@ impl Pair {
                 ..
             })))
         ));
-        let welcome = Message::Welcome(Welcome {
-            version: MIGRATION_VERSION,
-            software: "test".into(),
-            ticket_proof: None,
-            layout: crate::wire::Layout::Faithful,
-            max_set_bytes: None,
-        });
-        pair.source.handle_message(now, welcome).unwrap();
+        pair.source
+            .handle_message(now, welcome(MIGRATION_VERSION))
+            .unwrap();
         // The offer is what the destination begins with.
         assert!(matches!(
             pair.source.poll_command(),
@@ -229,6 +240,30 @@ fn a_freeze_ends_at_its_limit() {
     assert!(pair.source.abort(pair.now, "the freeze limit"));
 }
 
+/// The driver may be busy when the limit passes, and take the vote before the clock.
+#[test]
+fn no_commit_is_sent_when_the_freeze_limit_has_passed() {
+    let mut pair = Pair::new();
+    pair.freeze();
+    pair.build();
+    assert!(!pair.source.commit(pair.now + LIMIT));
+    assert_eq!(pair.source.owner(), Owner::Source);
+    assert!(pair.source.poll_command().is_none());
+}
+
+/// It was an error of the protocol on the destination, which its operator read of every refusal.
+#[test]
+fn a_refused_offer_may_be_taken_back() {
+    let mut pair = Pair::new();
+    pair.destination = MigrationDestination::new(pair.now);
+    pair.destination.offered(pair.now, offered(), true);
+    while pair.destination.poll_command().is_some() {}
+    assert!(pair.source.abort(pair.now, "refused"));
+    pair.exchange();
+    assert_eq!(pair.at_source.pop(), Some(MigrationSourceCommand::Aborted));
+    assert!(pair.destination.is_over());
+}
+
 #[test]
 fn a_destination_takes_no_commit_that_it_did_not_vote_for() {
     let mut pair = Pair::new();
@@ -252,19 +287,7 @@ fn iterations_come_in_order() {
 fn an_older_peer_is_named_as_such() {
     #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
     let now = Instant::now();
-    let config = SourceConfig {
-        software: "test".into(),
-        ticket_proof: None,
-        expected_proof: None,
-    };
-    let mut source = MigrationSource::new(config, offer(), LIMIT, now);
-    let welcome = Message::Welcome(Welcome {
-        version: 1,
-        software: "test".into(),
-        ticket_proof: None,
-        layout: crate::wire::Layout::Faithful,
-        max_set_bytes: None,
-    });
-    let refused = source.handle_message(now, welcome);
+    let mut source = MigrationSource::new(config(), offer(), LIMIT, now);
+    let refused = source.handle_message(now, welcome(1));
     assert!(matches!(refused, Err(SessionError::Version { .. })));
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::testing::{Conditions, Ended, Side, Unit, World, framed, transfer};
-use crate::wire::{Message, Published, SegmentAt};
+use crate::wire::{Message, Published, SegmentAt, VERSIONS};
 
 fn sets() -> Vec<MemorySet> {
     let page = |byte: u8| vec![byte; 4096];
@@ -88,7 +88,7 @@ fn a_wrong_introduction_is_refused() {
     });
     message_lie("no common protocol version", |message| {
         if let Message::Welcome(welcome) = message {
-            welcome.version = 2;
+            welcome.version = *VERSIONS.end() + 1;
         }
     });
     message_lie("out of order", |message| {

@@ -104,6 +104,10 @@ pub struct MigrateFailure {
 
 impl MigrateFailure {
     fn fate(&self) -> &'static str {
+        // Nothing runs on, here or there.
+        if matches!(self.error, MigrateError::Live(LiveError::RootGone { .. })) {
+            return "nothing of it runs at the destination either";
+        }
         match (self.owner, self.untouched, self.destination_is_clean) {
             (Owner::Source, true, _) => "the workload runs on here; nothing was touched",
             (Owner::Source, false, true) => {

@@ -33,18 +33,43 @@ pub(super) enum Arrived {
     Failed(TransferError),
 }
 
+/// What reads and writes. Ends both when it is dropped; [`Receiving::end`] also waits for it.
+#[derive(Debug)]
+pub(super) struct Receiving {
+    reader: tokio::task::JoinHandle<()>,
+    writer: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Receiving {
+    /// Nothing is written any more when this returns. Blocks.
+    pub(super) fn end(mut self) {
+        self.reader.abort();
+        if let Some(writer) = self.writer.take() {
+            // It has said what went wrong, if anything.
+            let _ = writer.join();
+        }
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        // The writer ends when nothing comes any more.
+        self.reader.abort();
+    }
+}
+
 /// Reads and writes until the stream ends. `tell` hears of what happens, from a thread of its own.
 pub(super) fn receive(
     connection: Connection,
     standby: Standby,
     tell: impl Fn(Arrived) + Clone + Send + Sync + 'static,
-) -> std::io::Result<()> {
+) -> std::io::Result<Receiving> {
     let (records, inbox) = mpsc::channel(WAITING);
     let told = tell.clone();
-    std::thread::Builder::new()
+    let writer = std::thread::Builder::new()
         .name("standby".to_owned())
         .spawn(move || write_all(standby, inbox, &told))?;
-    tokio::spawn(async move {
+    let reader = tokio::spawn(async move {
         let result = async {
             let mut stream = connection.accept_bulk().await?;
             read_all(&mut stream, &records).await
@@ -56,7 +81,10 @@ pub(super) fn receive(
             Err(error) => tell(Arrived::Failed(error)),
         }
     });
-    Ok(())
+    Ok(Receiving {
+        reader,
+        writer: Some(writer),
+    })
 }
 
 async fn read_all(
@@ -145,16 +173,20 @@ impl From<StandbyError> for TransferError {
     }
 }
 
-/// The directory of a migration that arrives; removed with this.
+/// The directory of a migration that arrives; removed with this where this connection made it.
 #[derive(Debug)]
-pub(super) struct Place(pub(super) PathBuf);
+pub(super) struct Place {
+    pub(super) path: PathBuf,
+    pub(super) owned: bool,
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0)
+        if self.owned
+            && let Err(error) = std::fs::remove_dir_all(&self.path)
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            tracing::warn!("cannot remove {}: {error}", self.0.display());
+            tracing::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::incoming::{Arrived, Place, receive};
+use super::incoming::{Arrived, Place, Receiving, receive};
 use super::orphans;
 use super::restore::{self, Moment, Restoring};
 use super::serve::Input;
@@ -17,6 +17,7 @@ use super::{RestoreHost, Shared};
 use crate::criu::{CriuError, Verdict, Worker};
 use crate::hooks::{self, Environment};
 use crate::image::walk;
+use crate::page::PageSize;
 use crate::preflight::{self, Check, Facts};
 use crate::session::SessionError;
 use crate::session::migration::{
@@ -28,7 +29,10 @@ use crate::transfer::clock::{Clock, nanos};
 use crate::transfer::event::Event;
 use crate::transfer::{TransferError, costs};
 use crate::transport::{Connection, ControlSender, TransportError};
-use crate::wire::{Failure, FailureCode, Offer, Offered, Phase};
+use crate::wire::{Failure, FailureCode, Message, Offer, Offered, Phase, Step};
+
+/// How long a source may take to hear why it fails.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// How long CRIU may take to remove a copy that is not wanted.
 const REMOVE_TIME: Duration = Duration::from_secs(10);
@@ -47,8 +51,28 @@ pub(super) async fn serve(
     };
     let facts = Facts::decode(&offer.facts)
         .map_err(|_| SessionError::Protocol("facts that cannot be read"))?;
+    check_offer(&offer, shared.max_set_bytes)?;
     let (driver, happenings) = Driver::new(connection, shared, host, offer, facts)?;
     driver.run(control, inputs, happenings).await
+}
+
+fn check_offer(offer: &Offer, max_bytes: Option<u64>) -> Result<(), TransferError> {
+    let here = PageSize::of_host();
+    if offer.page_size != here {
+        let (theirs, here) = (offer.page_size.bytes(), here.bytes());
+        let reason = format!(
+            "the source has pages of {theirs} bytes, this host of {here}: memory cannot move between them"
+        );
+        return Err(refused(FailureCode::Image, reason));
+    }
+    match max_bytes.filter(|&limit| offer.memory_bytes > limit) {
+        Some(limit) => Err(SessionError::TooLarge {
+            size: offer.memory_bytes,
+            limit,
+        }
+        .into()),
+        None => Ok(()),
+    }
 }
 
 fn refused(code: FailureCode, reason: impl Into<String>) -> TransferError {
@@ -78,6 +102,7 @@ struct Driver<'a> {
     clock: Clock,
     tell: mpsc::UnboundedSender<Happening>,
     place: Place,
+    receiving: Option<Receiving>,
     worker: Option<JoinHandle<Result<Worker, CriuError>>>,
     prepared: Option<Box<Worker>>,
     restoring: Option<Restoring>,
@@ -92,6 +117,9 @@ struct Driver<'a> {
     released_ns: u64,
     dumped_bytes: u64,
     restore_ended: bool,
+    is_running: bool,
+    // Something was done on this host that a failure has to undo.
+    touched: bool,
 }
 
 impl<'a> Driver<'a> {
@@ -108,7 +136,10 @@ impl<'a> Driver<'a> {
             let made = fs::DirBuilder::new().mode(0o700).create(&parent);
             made.tried("create", &parent)?;
         }
-        let place = Place(parent.join(offer.id.to_string()));
+        let place = Place {
+            path: parent.join(offer.id.to_string()),
+            owned: false,
+        };
         let (tell, happenings) = mpsc::unbounded_channel();
         let driver = Self {
             connection,
@@ -120,6 +151,7 @@ impl<'a> Driver<'a> {
             clock: Clock::start(),
             tell,
             place,
+            receiving: None,
             worker: None,
             prepared: None,
             restoring: None,
@@ -133,6 +165,8 @@ impl<'a> Driver<'a> {
             released_ns: 0,
             dumped_bytes: 0,
             restore_ended: true,
+            is_running: false,
+            touched: false,
         };
         Ok((driver, happenings))
     }
@@ -148,12 +182,68 @@ impl<'a> Driver<'a> {
         if self.session.owner() == Owner::Destination {
             // Its copy runs, or is about to: that the source is gone changes nothing.
             self.await_release(&mut happenings).await;
+            return self.released(outcome);
+        }
+        let Err(error) = outcome else {
+            self.remove(&mut happenings).await;
+            return Ok(());
+        };
+        self.take_back(error, control, &mut happenings).await
+    }
+
+    // What came of a copy that was let go.
+    fn released(&mut self, outcome: Result<(), TransferError>) -> Result<(), TransferError> {
+        if self.is_running {
             // Only now: with --once the receiver ends, and the source should hear the last word.
             self.shared.received.send_modify(|count| *count += 1);
             return Ok(());
         }
-        self.remove(&mut happenings).await;
-        outcome
+        // The source keeps its tree frozen. What was built is complete: it must not be lost.
+        let kept = self.shared.store.state_path("unfinished");
+        let kept = kept.join(self.offer.id.to_string());
+        let moved = kept
+            .parent()
+            .map_or(Ok(()), fs::create_dir_all)
+            .and_then(|()| fs::rename(&self.place.path, &kept));
+        self.place.owned = false;
+        let place = if moved.is_ok() {
+            &kept
+        } else {
+            &self.place.path
+        };
+        let why = match outcome {
+            Ok(()) => "CRIU ended".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let reason = format!(
+            "the copy was let go, but CRIU did not bring it to life ({why}); its complete images are in {} of the destination: look whether it runs there before anything else is started",
+            place.join(standby::FINAL).display()
+        );
+        Err(refused(FailureCode::Criu, reason))
+    }
+
+    // Tells the source first: its tree stands still until it knows.
+    async fn take_back(
+        &mut self,
+        error: TransferError,
+        control: &mut ControlSender,
+        happenings: &mut mpsc::UnboundedReceiver<Happening>,
+    ) -> Result<(), TransferError> {
+        if let Some(failure) = error.to_failure() {
+            let failure = Message::Failure(failure).encode();
+            let _ = tokio::time::timeout(FAREWELL, control.write_message(&failure)).await;
+        }
+        self.remove(happenings).await;
+        if self.touched {
+            self.after_abort(error.to_string()).await;
+        }
+        let aborted = Message::Migration(Step::Aborted).encode();
+        let _ = tokio::time::timeout(FAREWELL, control.write_message(&aborted)).await;
+        let _ = control.finish();
+        // The source closes when it has read that.
+        let _ = tokio::time::timeout(FAREWELL, self.connection.closed()).await;
+        self.connection.close_and_tell(error.close_code(), "").await;
+        Err(error)
     }
 
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
@@ -218,7 +308,9 @@ impl<'a> Driver<'a> {
             Command::Remove { reason } => {
                 tracing::info!("the source gave up: {reason}");
                 self.remove(happenings).await;
-                self.after_abort(reason).await;
+                if std::mem::take(&mut self.touched) {
+                    self.after_abort(reason).await;
+                }
                 self.aborted();
             }
             Command::Clock { asked_ns } => self.tell_clock(asked_ns),
@@ -286,15 +378,17 @@ impl<'a> Driver<'a> {
             criu: version,
         };
         if !refused {
+            self.touched = true;
             let durable = self.shared.store.is_durable();
-            let standby = Standby::create(&self.place.0, self.offer.page_size, durable)?;
-            fs::create_dir(self.place.0.join("work")).tried("create", &self.place.0)?;
+            let standby = Standby::create(&self.place.path, self.offer.page_size, durable)?;
+            self.place.owned = true;
+            fs::create_dir(self.place.path.join("work")).tried("create", &self.place.path)?;
             let tell = self.tell.clone();
             let told = move |arrived| {
                 let _ = tell.send(Happening::Arrived(arrived));
             };
             let started = receive(self.connection.clone(), standby, told);
-            started.tried("start a thread for", &self.place.0)?;
+            self.receiving = Some(started.tried("start a thread for", &self.place.path)?);
             let program = self.host.program.clone();
             self.worker = Some(spawn_blocking(move || restore::prepare(&program)));
         }
@@ -336,7 +430,7 @@ impl<'a> Driver<'a> {
         let (host, environment, tell) =
             (self.host.clone(), self.environment(None), self.tell.clone());
         let worker = self.worker.take();
-        let directory = self.place.0.join(standby::FINAL);
+        let directory = self.place.path.join(standby::FINAL);
         tokio::spawn(async move {
             let prepared = async {
                 let worker = match worker {
@@ -393,11 +487,11 @@ impl<'a> Driver<'a> {
         let told = move |moment| {
             let _ = tell.send(Happening::Restore(moment));
         };
-        let images = self.place.0.join(standby::FINAL);
-        let work = self.place.0.join("work");
+        let images = self.place.path.join(standby::FINAL);
+        let work = self.place.path.join("work");
         self.restore_ended = false;
         let restoring = restore::restore(*worker, images, work, criu, self.clock, told);
-        self.restoring = Some(restoring.tried("start a thread for", &self.place.0)?);
+        self.restoring = Some(restoring.tried("start a thread for", &self.place.path)?);
         Ok(())
     }
 
@@ -416,7 +510,7 @@ impl<'a> Driver<'a> {
                 match result {
                     Ok(_) => {}
                     // After its release CRIU's complaints are about the network lock and the like.
-                    Err(error) if self.released_ns > 0 => self.notes.push(error.to_string()),
+                    Err(error) if self.is_running => self.notes.push(error.to_string()),
                     Err(error) => return Err(failed(&self.with_kept_log(error))),
                 }
             }
@@ -459,6 +553,7 @@ impl<'a> Driver<'a> {
             phase("resume", self.released_ns, at_ns),
         ];
         let (phases, notes) = (self.phases.clone(), self.notes.clone());
+        self.is_running = true;
         self.session
             .running(Instant::now(), pid, at_ns, phases, notes);
         self.shared.events.emit(Event::Restored {
@@ -518,6 +613,10 @@ impl<'a> Driver<'a> {
     async fn remove(&mut self, happenings: &mut mpsc::UnboundedReceiver<Happening>) {
         self.prepared = None;
         self.held = None;
+        if let Some(receiving) = self.receiving.take() {
+            let ending = spawn_blocking(move || receiving.end());
+            ending.await.expect("ending does not panic");
+        }
         if let Some(restoring) = self.restoring.take() {
             restoring.end(Verdict::Refuse);
             let ended = async {
@@ -531,15 +630,22 @@ impl<'a> Driver<'a> {
             if tokio::time::timeout(REMOVE_TIME, ended).await.is_err() {
                 tracing::warn!("CRIU does not end; its copy is killed");
             }
-            let tasks = self.facts.tree.tasks.clone();
-            let killing = spawn_blocking(move || orphans::kill(&tasks));
-            let killed = killing.await.expect("killing does not panic");
-            if killed > 0 {
-                tracing::warn!("killed {killed} processes that CRIU left of the copy");
+            // In a pid namespace of their own they have other numbers here, and end with it.
+            if !self.facts.tree.own_pid_namespace {
+                let tasks = self.facts.tree.tasks.clone();
+                let killing = spawn_blocking(move || orphans::kill(&tasks));
+                let killed = killing.await.expect("killing does not panic");
+                if killed > 0 {
+                    tracing::warn!("killed {killed} processes that CRIU left of the copy");
+                }
             }
         }
-        let path = std::mem::take(&mut self.place.0);
-        let removing = spawn_blocking(move || drop(Place(path)));
+        let gone = Place {
+            path: PathBuf::new(),
+            owned: false,
+        };
+        let place = std::mem::replace(&mut self.place, gone);
+        let removing = spawn_blocking(move || drop(place));
         removing.await.expect("removing does not panic");
     }
 

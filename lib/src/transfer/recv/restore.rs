@@ -85,6 +85,8 @@ pub(super) fn restore(
     let run = move || {
         let mut worker = worker;
         let result = run(&mut worker, &images, &work, criu, clock, &verdicts, &tell);
+        // Ends CRIU: what it left of the copy is a child of this process from then on, and can be reaped.
+        drop(worker);
         tell(Moment::Ended { result });
     };
     std::thread::Builder::new()

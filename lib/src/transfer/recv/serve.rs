@@ -58,6 +58,8 @@ pub(super) async fn serve(
     }
     match outcome {
         Ok(()) => Ok(()),
+        // A migration has said so itself.
+        Err(error) if connection.close_reason().is_some() => Err(error),
         Err(error) => {
             if let Some(failure) = error.to_failure() {
                 let _ = driver

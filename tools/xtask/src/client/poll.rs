@@ -79,14 +79,6 @@ impl Poller {
         self.begin.elapsed()
     }
 
-    /// Time since the last answer from a host's own address.
-    pub(crate) fn silent_for(&self) -> Duration {
-        let answers = self.direct.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = answers.last().map_or(Duration::ZERO, |answer| answer.at);
-        drop(answers);
-        self.now().saturating_sub(last)
-    }
-
     /// Answers from the service address so far.
     pub(crate) fn service(&self) -> Timeline {
         copy(&self.service)

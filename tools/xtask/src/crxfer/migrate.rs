@@ -114,6 +114,7 @@ impl Migration {
             child,
             collector,
             lines,
+            events: Vec::new(),
             report: self.report,
         })
     }
@@ -125,6 +126,8 @@ pub(crate) struct Migrating {
     child: Child,
     collector: JoinHandle<String>,
     lines: Lines<String>,
+    /// Those of its lines that were read already.
+    events: Vec<Value>,
     report: PathBuf,
 }
 
@@ -136,9 +139,49 @@ impl Migrating {
         run::quiet(Command::new("kill").args(["-s", signal, &pid])).map(drop)
     }
 
+    /// Waits until it takes signals, which is the first thing that it does.
+    pub(crate) fn await_signals(&self) -> Result<()> {
+        const INTERRUPT: u64 = 1 << 1;
+        run::wait_for("crxfer migrate to begin", Duration::from_secs(10), || {
+            let pid = hosts::only_child(self.child.id()).ok()?;
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let caught = status
+                .lines()
+                .find_map(|line| line.strip_prefix("SigCgt:"))?;
+            let caught = u64::from_str_radix(caught.trim(), 16).ok()?;
+            (caught & INTERRUPT != 0).then_some(())
+        })
+    }
+
+    /// Kills it at once, as a crash or a power cut would.
+    pub(crate) fn kill(&self) -> Result<()> {
+        hosts::kill(hosts::only_child(self.child.id())?);
+        Ok(())
+    }
+
     /// Whether it still runs.
     pub(crate) fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Waits until it tells of `event`, which it must before it ends.
+    pub(crate) fn await_event(&mut self, event: &str) -> Result<()> {
+        const LIMIT: Duration = Duration::from_secs(60);
+        loop {
+            let line = self.lines.recv_timeout(LIMIT);
+            let line = line.with_context(|| format!("crxfer migrate told of no {event:?}"))?;
+            let found = self.note(&line)?["event"] == *event;
+            if found {
+                return Ok(());
+            }
+        }
+    }
+
+    fn note(&mut self, line: &str) -> Result<&Value> {
+        let value = serde_json::from_str(line)
+            .with_context(|| format!("crxfer migrate printed a line that is no JSON: {line}"))?;
+        self.events.push(value);
+        Ok(self.events.last().expect("one was added"))
     }
 
     /// Waits until it ends, for at most a few minutes.
@@ -151,11 +194,13 @@ impl Migrating {
             let _ = self.signal("KILL");
         }
         let code = status??.code();
-        let message = self.collector.join().unwrap_or_default();
-        for line in &self.lines {
-            serde_json::from_str::<Value>(&line).with_context(|| {
-                format!("crxfer migrate printed a line that is no JSON: {line}")
-            })?;
+        let collector = std::mem::replace(&mut self.collector, thread::spawn(String::new));
+        let mut message = collector.join().unwrap_or_default();
+        while let Ok(line) = self.lines.recv() {
+            self.note(&line)?;
+        }
+        for check in self.events.last().into_iter().flat_map(failed_checks) {
+            message.push_str(&check);
         }
         let report = fs::read_to_string(&self.report).ok();
         let report = report.map(|text| serde_json::from_str(&text)).transpose()?;
@@ -165,6 +210,20 @@ impl Migrating {
             report,
         })
     }
+}
+
+/// What the checks found that failed, a line for each: people get it in the message, programs in the
+/// last line.
+fn failed_checks(last: &Value) -> Vec<String> {
+    let checks = last["checks"].as_array().into_iter().flatten();
+    let failed = checks.filter(|check| check["outcome"] == "failed");
+    let line = |check: &Value| {
+        format!(
+            "{}: {}; {}\n",
+            check["name"], check["found"], check["advice"]
+        )
+    };
+    failed.map(line).collect()
 }
 
 /// How a `crxfer migrate` ended.

@@ -187,8 +187,11 @@ impl Host {
 impl Host {
     /// Has a program that does nothing take `pid` on this host.
     pub(crate) fn occupy(&self, pid: u32) -> Result<()> {
-        let script = r#"echo $(($0 - 1)) >/proc/sys/kernel/ns_last_pid
+        // What is started later must not get the pids behind it, which a copy may need, too.
+        let script = r#"last=$(cat /proc/sys/kernel/ns_last_pid)
+            echo $(($0 - 1)) >/proc/sys/kernel/ns_last_pid
             setsid sleep 1000 </dev/null >/dev/null 2>&1 &
+            echo $last >/proc/sys/kernel/ns_last_pid
             [ $! = $0 ]"#;
         let pid = pid.to_string();
         run::quiet(self.command("sh").args(["-c", script, &pid]))

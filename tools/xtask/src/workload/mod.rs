@@ -5,6 +5,7 @@ mod echo;
 mod memcached;
 mod nginx;
 mod redis;
+mod script;
 mod tree;
 mod values;
 
@@ -15,6 +16,7 @@ pub(crate) use echo::Echo;
 pub(crate) use memcached::Memcached;
 pub(crate) use nginx::{Nginx, Streaming};
 pub(crate) use redis::Redis;
+pub(crate) use script::Script;
 pub(crate) use tree::Tree;
 pub(crate) use values::Values;
 

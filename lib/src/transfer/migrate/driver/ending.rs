@@ -5,32 +5,45 @@ use std::time::{Duration, Instant};
 
 use tokio::task::spawn_blocking;
 
-use super::{Command, Driver, Event, since};
+use super::{Command, Driver, Event, RESUME_TIME, since};
 use crate::criu::{CriuError, Verdict};
 use crate::hooks;
 use crate::precopy::Measured;
+use crate::session::SessionError;
 use crate::session::migration::Owner;
+use crate::transfer::TransferError;
+use crate::transfer::migrate::freeze::Moment;
 use crate::transfer::migrate::report::{Host, MigrationReport, Outcome, PhaseReport};
 use crate::transfer::migrate::{MigrateError, MigrateEvent, MigrateFailure};
 
 /// How long the destination may take to say that nothing is left there.
 const ABORT_TIME: Duration = Duration::from_secs(10);
 
+/// Between looks at something that cannot be waited for.
+const SHORTLY: Duration = Duration::from_millis(10);
+
 impl Driver<'_> {
     /// Ends the migration early, with the workload where it belongs.
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     pub(super) async fn give_up(&mut self, error: MigrateError) -> MigrateFailure {
         self.may_stop = false;
+        // Nothing is expected of an iteration any more.
+        self.iterating = None;
         if self.session.owner() == Owner::InDoubt {
             self.hold(&error).await;
         }
         let owner = self.session.owner();
-        self.let_run();
+        self.let_run().await;
         let reason = match &error {
             MigrateError::Stopped => "the source's operator stopped it".to_owned(),
             error => error.to_string(),
         };
-        let told = self.session.abort(Instant::now(), &reason);
+        let told = match &error {
+            MigrateError::Transfer(TransferError::Session(SessionError::Peer(_))) => {
+                self.session.given_up()
+            }
+            _ => self.session.abort(Instant::now(), &reason),
+        };
         let is_clean = told && {
             let aborted = self.until(|event| match event {
                 Event::Session(Command::Aborted) => Break(()),
@@ -39,13 +52,15 @@ impl Driver<'_> {
             });
             matches!(tokio::time::timeout(ABORT_TIME, aborted).await, Ok(Ok(())))
         };
-        if self.touched {
+        if self.touched && owner == Owner::Source {
             let mut environment = self.environment();
             environment.reason = Some(reason);
             let hooks = self.options.hooks.clone();
             let running =
                 spawn_blocking(move || hooks.run(hooks::Moment::AfterAbort, &environment));
-            let _ = running.await;
+            if let Ok(Err(error)) = running.await {
+                self.emit(MigrateEvent::Warning(error.to_string()));
+            }
         }
         if let (MigrateError::Criu(CriuError::Failed(_)), Some(place)) = (&error, &mut self.place) {
             place.keep_logs();
@@ -69,9 +84,24 @@ impl Driver<'_> {
         }
     }
 
-    pub(super) fn let_run(&mut self) {
-        if let Some(frozen) = self.frozen.take() {
-            frozen.end(Verdict::Refuse);
+    /// Ends a freeze, and waits until CRIU has let the tree go.
+    pub(super) async fn let_run(&mut self) {
+        let Some(frozen) = self.frozen.take() else {
+            return;
+        };
+        frozen.end(Verdict::Refuse);
+        let ended = async {
+            loop {
+                match self.moment().await {
+                    Ok(Moment::Ended { .. }) => return,
+                    Ok(_) => {}
+                    // Of the session, which is over: it may say so again and again.
+                    Err(_) => tokio::time::sleep(SHORTLY).await,
+                }
+            }
+        };
+        if tokio::time::timeout(RESUME_TIME, ended).await.is_err() {
+            tracing::warn!("CRIU does not end; look whether the workload runs");
         }
     }
 

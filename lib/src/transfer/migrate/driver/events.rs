@@ -11,10 +11,9 @@ use tokio::task::JoinHandle;
 use super::{Command, Driver, Event, Input, ended};
 use crate::precopy::{Decision, Iteration};
 use crate::session::SessionError;
-use crate::transfer::TransferError;
 use crate::transfer::migrate::freeze::Moment;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
-use crate::transport::{ControlReceiver, TransportError};
+use crate::transport::{ControlReceiver, ControlSender, TransportError};
 use crate::wire::{Message, limits};
 
 /// Progress is told, and the policy asked, this often within an iteration.
@@ -55,7 +54,7 @@ impl Driver<'_> {
                     Continue(other) => passed_over.push_back(other),
                 }
             }
-            self.flush().await?;
+            self.flush();
             if self.events.is_empty() {
                 self.wait().await?;
             }
@@ -65,7 +64,7 @@ impl Driver<'_> {
     /// Waits for work on another thread, and keeps the session going meanwhile.
     pub(super) async fn job<T>(&mut self, mut job: JoinHandle<T>) -> Result<T, MigrateError> {
         loop {
-            self.flush().await?;
+            self.flush();
             tokio::select! {
                 done = &mut job => return Ok(done.expect("the work does not panic")),
                 waited = self.wait() => waited?,
@@ -73,13 +72,11 @@ impl Driver<'_> {
         }
     }
 
-    pub(super) async fn flush(&mut self) -> Result<(), MigrateError> {
+    pub(super) fn flush(&mut self) {
         while let Some(command) = self.session.poll_command() {
             match command {
-                Command::Send(message) => {
-                    let written = self.control.write_message(&message.encode()).await;
-                    written.map_err(TransferError::from)?;
-                }
+                // Its writer says what goes wrong.
+                Command::Send(message) => drop(self.control.send(message)),
                 Command::Clock { asked_ns, here_ns } => {
                     self.samples.add(asked_ns, here_ns, self.clock.now_ns());
                     // The next one at once, until there are a few.
@@ -90,7 +87,6 @@ impl Driver<'_> {
                 other => self.events.push_back(Event::Session(other)),
             }
         }
-        Ok(())
     }
 
     // Loses nothing when it is dropped.
@@ -103,7 +99,7 @@ impl Driver<'_> {
             () = tokio::time::sleep_until(timeout) => self.session.handle_timeout(Instant::now())?,
             () = tokio::time::sleep_until(self.next_tick) => {
                 self.next_tick = tokio::time::Instant::now() + TICK;
-                self.tick();
+                self.tick()?;
             }
             stopped = stop.wait_for(|&stop| stop), if may_stop => {
                 if stopped.is_ok() {
@@ -128,12 +124,12 @@ impl Driver<'_> {
         }
     }
 
-    pub(super) fn tick(&mut self) {
+    pub(super) fn tick(&mut self) -> Result<(), MigrateError> {
         if self.clock.elapsed() >= self.clock_asked + CLOCK_EVERY {
             self.ask_clock();
         }
         let (Some(begun), Some(stream)) = (&self.iterating, &self.stream) else {
-            return;
+            return Ok(());
         };
         let number = begun.number;
         let scanned_bytes = begun.counted.scanned.load(Ordering::Relaxed);
@@ -148,9 +144,14 @@ impl Driver<'_> {
             wire_bytes: stream.written().bytes() - begun.bytes_before,
             send_time: busy,
         };
-        if self.policy.progress(&so_far) != Decision::Again {
+        match self.policy.progress(&so_far) {
+            Decision::Again => {}
             // What was read so far is a whole iteration for the destination; `after` says the rest.
-            stream.stop(true);
+            Decision::Freeze(_) => stream.stop(true),
+            Decision::GiveUp(why) => {
+                stream.stop(true);
+                return Err(MigrateError::GivenUp(why));
+            }
         }
         let (sent, received) = self.connection.wire_bytes();
         self.emit(MigrateEvent::Progress {
@@ -160,6 +161,7 @@ impl Driver<'_> {
             wire_bytes: sent + received,
             prediction: self.policy.predict(),
         });
+        Ok(())
     }
 
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
@@ -167,6 +169,20 @@ impl Driver<'_> {
         self.clock_asked = self.clock.elapsed();
         self.clock_questions += 1;
         self.session.ask_clock(Instant::now(), self.clock.now_ns());
+    }
+}
+
+/// Writes messages in a task of its own: a peer that takes nothing must not hold up the freeze limit.
+pub(super) async fn write_messages(
+    mut control: ControlSender,
+    mut messages: mpsc::UnboundedReceiver<Message>,
+    input: mpsc::UnboundedSender<Input>,
+) {
+    while let Some(message) = messages.recv().await {
+        if let Err(error) = control.write_message(&message.encode()).await {
+            let _ = input.send(Input::Ended(error.into()));
+            return;
+        }
     }
 }
 

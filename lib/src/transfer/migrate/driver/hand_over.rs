@@ -113,7 +113,9 @@ impl Driver<'_> {
 
     // The memory stream broke: CRIU knows why, or it does not.
     pub(super) async fn criu_error(&mut self, memory: String) -> MigrateError {
-        self.let_run();
+        if let Some(frozen) = self.frozen.take() {
+            frozen.end(Verdict::Refuse);
+        }
         loop {
             match tokio::time::timeout(RESUME_TIME, self.moment()).await {
                 Ok(Ok(Moment::Ended {
@@ -167,6 +169,8 @@ impl Driver<'_> {
         }
         self.may_stop = false;
         if !self.session.commit(Instant::now()) {
+            // The freeze limit has passed, or the session is over.
+            self.session.handle_timeout(Instant::now())?;
             return Err(MigrateError::Stopped);
         }
         let running = self.until(|event| match event {

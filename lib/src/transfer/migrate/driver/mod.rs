@@ -172,7 +172,7 @@ struct Driver<'a> {
     page: PageSize,
     survey: Survey,
     session: MigrationSource,
-    control: ControlSender,
+    control: mpsc::UnboundedSender<Message>,
     input: mpsc::UnboundedSender<Input>,
     inputs: mpsc::UnboundedReceiver<Input>,
     events: VecDeque<Event>,
@@ -236,6 +236,8 @@ impl<'a> Driver<'a> {
         let now = Instant::now();
         let session = MigrationSource::new(config, offer, options.freeze_limit, now);
         let (input, inputs) = mpsc::unbounded_channel();
+        let (messages, to_write) = mpsc::unbounded_channel();
+        tokio::spawn(events::write_messages(control, to_write, input.clone()));
         let report = MigrationReport {
             id,
             name: name.clone(),
@@ -266,7 +268,7 @@ impl<'a> Driver<'a> {
             page,
             survey,
             session,
-            control,
+            control: messages,
             input,
             inputs,
             events: VecDeque::new(),

@@ -28,9 +28,14 @@ impl Driver<'_> {
         let bulk = self.connection.open_bulk().await;
         let bulk = bulk.map_err(TransferError::from)?;
         let input = self.input.clone();
-        let stream = RecordStream::start(bulk, self.options.bytes_per_s, move |error| {
-            let _ = input.send(Input::Ended(error));
-        });
+        let stream = RecordStream::start(
+            self.connection,
+            bulk,
+            self.options.bytes_per_s,
+            move |error| {
+                let _ = input.send(Input::Ended(error));
+            },
+        );
         self.stream = Some(stream.clone());
         let mut reading = Reading {
             outgoing: Outgoing::new(self.page),

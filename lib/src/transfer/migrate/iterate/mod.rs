@@ -235,6 +235,7 @@ pub(super) fn iterate(
     number: u32,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Scanned, MigrateError> {
+    stream.arrived();
     let busy_before = stream.written().busy();
     let mut pass = Pass::begin(number, outgoing, stream, progress);
     let read = source.read(&mut pass)?;

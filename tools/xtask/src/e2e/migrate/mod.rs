@@ -1,12 +1,15 @@
 //! Programs that are moved while clients use them: one copy runs, with all that clients were told.
 
+mod crashes;
 mod pre_dumps;
 mod programs;
+mod scripts;
 mod trouble;
 mod zdtm;
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -15,6 +18,7 @@ use crate::apt;
 use crate::crxfer::migrate::{Ended, Migrating, Migration};
 use crate::crxfer::{Place, Receiver};
 use crate::hosts::{Network, Rate};
+use crate::run;
 use crate::scratch::Scratch;
 use crate::stage::Stage;
 
@@ -27,10 +31,15 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
         return report.failed(&["migrate".to_owned()], &error);
     }
     programs::cases(context, report);
+    scripts::cases(context, report);
     pre_dumps::cases(context, report);
     trouble::cases(context, report);
+    crashes::cases(context, report);
     zdtm::cases(context, report);
 }
+
+/// QUIC takes a silent host for gone after 15 s.
+const REMOVED_WITHIN: Duration = Duration::from_secs(30);
 
 /// A place for the destination's files, and the commands of both hosts.
 struct Mover<'a> {
@@ -110,6 +119,35 @@ impl<'a> Mover<'a> {
             .collect();
         ensure!(names.is_empty(), "left on the destination: {names:?}");
         Ok(())
+    }
+
+    /// Names of what there is of unfinished migrations.
+    fn unfinished(&self) -> Vec<String> {
+        let place = self.received().join(".crxfer/migrations");
+        let entries = fs::read_dir(place).into_iter().flatten().flatten();
+        entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect()
+    }
+
+    /// Waits until nothing of a migration is left on the destination: no process in the session of
+    /// `pid`, no file. It may learn only by the silence that the source is gone.
+    fn await_removed(&self, network: &Network, pid: u32) -> Result<Duration> {
+        let begin = Instant::now();
+        let removed = run::wait_for("the destination to clean up", REMOVED_WITHIN, || {
+            let is_gone = network.hosts.b.session_of(pid).is_empty();
+            (is_gone && self.unfinished().is_empty()).then_some(())
+        });
+        removed.with_context(|| {
+            let stat = |pid| {
+                fs::read_to_string(network.hosts.b.file(format!("/proc/{pid}/stat").as_ref()))
+            };
+            let processes = network.hosts.b.session_of(pid).into_iter().map(stat);
+            let processes: Vec<_> = processes.flatten().collect();
+            format!("processes {processes:?}, files of {:?}", self.unfinished())
+        })?;
+        self.ensure_nothing_published()?;
+        Ok(begin.elapsed())
     }
 }
 

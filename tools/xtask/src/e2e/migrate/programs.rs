@@ -1,6 +1,5 @@
 //! Migrations that succeed: a client's connections survive, and what a store acknowledged is there.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -68,10 +67,7 @@ fn redis(context: &Context) -> Result<String> {
     let writer = Writer::start(&network.c, Protocol::Redis, redis.values.clone(), 200)?;
     let receiver = mover.receive(&network)?;
     // The poller's connections may wait for redis to take them, which CRIU refuses otherwise.
-    let configuration = mover.memory.path().join("criu.conf");
-    fs::write(&configuration, "skip-in-flight\n")?;
-    let configuration = configuration.to_str().context("a strange name")?;
-    let options = ["--tcp-established", "--criu-config", configuration];
+    let options = ["--tcp-established", "--skip-in-flight"];
     let report = mover.migrate(&network, pid, &receiver, &options)?;
     poller.ensure_only(Side::B)?;
     ensure!(
@@ -176,9 +172,7 @@ fn clocks(context: &Context) -> Result<String> {
     const SHIFT_MS: f64 = 3000.0;
     let stage = super::small(Rate::Megabits(1000))?;
     let mover = Mover::new(context)?;
-    let shifted = context
-        .crxfer
-        .with_env("CRXFER_TEST_CLOCK_SHIFT_NS", "3000000000");
+    let shifted = context.crxfer.with_env("CRXFER_CLOCK_SHIFT_MS", "3000");
     let hooks = crate::crxfer::migrate::Migration::hooks(&stage.network);
     let hooks: Vec<&str> = hooks.iter().map(String::as_str).collect();
     let place = crate::crxfer::Place::On(&stage.network.hosts.b);
