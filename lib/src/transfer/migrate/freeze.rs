@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  thread "dump"    Worker::dump ── pre-dump ── freezes ── … ── post-dump: holds ── told how to end
-//!  thread "memory"  page_client::serve ── pages compared, changed ones onto the stream ── CLOSE
+//!  thread "memory"  page_client::serve ── pieces of memory, up to CLOSE
+//!      └ beside it  pages compared, changed ones onto the stream
 //!  driver           hears of each moment; at post-dump has the other images sent; asks for the vote
 //! ```
 
@@ -192,23 +193,28 @@ pub(super) fn freeze(
         canceller: worker.canceller(),
     };
     let (page, number) = (job.page, job.number);
-    let memory = Memory {
-        tell: tell.clone(),
+    let comparer = Comparer {
         outgoing,
         stream,
         number,
-        clock,
         compared: Compared::default(),
         records: Vec::new(),
-        has_begun: false,
-        held: job
-            .parent
-            .as_ref()
-            .map_or_else(BTreeSet::new, |parent| parent.held.clone()),
+    };
+    let held = job.parent.as_ref();
+    let held = held.map_or_else(BTreeSet::new, |parent| parent.held.clone());
+    let (begins, told) = (tell.clone(), tell.clone());
+    let intake = move |pieces| Intake {
+        pieces,
+        begins: Some(Box::new(move || {
+            begins(Moment::MemoryBegins {
+                at_ns: clock.now_ns(),
+            });
+        })),
+        held,
     };
     std::thread::Builder::new()
         .name("memory".to_owned())
-        .spawn(move || take_memory(memory, socket, page))?;
+        .spawn(move || take_memory(intake, comparer, socket, page, clock, &told))?;
     std::thread::Builder::new()
         .name("dump".to_owned())
         .spawn(move || dump(&job, worker, &verdicts, clock, &tell))?;
@@ -259,47 +265,69 @@ fn dump(
     tell(Moment::Ended { result });
 }
 
+// Two threads: while one copies memory out of CRIU's socket, the other hashes and compares.
 fn take_memory(
-    mut memory: Memory<impl Fn(Moment)>,
+    intake: impl FnOnce(blocking::SyncSender<Piece>) -> Intake,
+    mut comparer: Comparer,
     mut socket: std::os::unix::net::UnixStream,
     page: PageSize,
+    clock: Clock,
+    tell: &impl Fn(Moment),
 ) {
-    let served = page_client::serve(&mut socket, page, &mut memory);
-    // CRIU must not wait for a socket that nobody reads.
-    drop(socket);
-    let result = served
-        .map(|_| memory.compared)
-        .map_err(|error| error.to_string());
-    (memory.tell)(Moment::MemoryEnds {
-        at_ns: memory.clock.now_ns(),
-        outgoing: Box::new(memory.outgoing),
+    let (pieces, inbox) = blocking::sync_channel(PIECES_WAITING);
+    let (served, compared) = std::thread::scope(|scope| {
+        let comparing = scope.spawn(|| comparer.run(inbox));
+        let mut intake = intake(pieces);
+        let served = page_client::serve(&mut socket, page, &mut intake);
+        // CRIU must not wait for a socket that nobody reads, nor the comparer for more.
+        drop((socket, intake));
+        (served, comparing.join().expect("comparing does not panic"))
+    });
+    // What failed first is why the other one ended.
+    let result = compared
+        .map_err(|error| error.to_string())
+        .and_then(|()| served.map_err(|error| error.to_string()))
+        .map(|_| comparer.compared);
+    tell(Moment::MemoryEnds {
+        at_ns: clock.now_ns(),
+        outgoing: Box::new(comparer.outgoing),
         result,
     });
 }
 
+/// Pieces of memory that were read and wait for being compared: 8 MiB at most.
+const PIECES_WAITING: usize = 8;
+
+/// What CRIU's stream says, in order.
+#[derive(Debug)]
+enum Piece {
+    Open(PagemapName),
+    Pages(Batch, Bytes),
+    InParent(PagemapName, PageRun),
+}
+
 /// Where CRIU's memory goes.
-struct Memory<T> {
-    tell: T,
-    outgoing: Outgoing,
-    stream: RecordStream,
-    number: u32,
-    clock: Clock,
-    compared: Compared,
-    records: Vec<Record>,
-    has_begun: bool,
+struct Intake {
+    pieces: blocking::SyncSender<Piece>,
+    /// Called when memory begins to come.
+    begins: Option<Box<dyn FnOnce()>>,
     /// Tasks of which the destination holds what CRIU may leave out.
     held: BTreeSet<PagemapName>,
 }
 
-impl<T: Fn(Moment)> PageSink for Memory<T> {
+impl Intake {
+    fn pass_on(&self, piece: Piece) -> Result<(), SinkError> {
+        let sent = self.pieces.send(piece);
+        sent.map_err(|_| "its comparison has ended".into())
+    }
+}
+
+impl PageSink for Intake {
     fn open(&mut self, space: PagemapName) -> Result<bool, SinkError> {
-        if !std::mem::replace(&mut self.has_begun, true) {
-            (self.tell)(Moment::MemoryBegins {
-                at_ns: self.clock.now_ns(),
-            });
-            self.outgoing.begin(self.number, true, &mut self.records);
+        if let Some(begins) = self.begins.take() {
+            begins();
         }
-        self.outgoing.open_dumped(space, &mut self.records);
+        self.pass_on(Piece::Open(space))?;
         Ok(self.held.contains(&space))
     }
 
@@ -308,31 +336,61 @@ impl<T: Fn(Moment)> PageSink for Memory<T> {
     }
 
     fn pages(&mut self, batch: &Batch, bytes: Bytes) -> Result<(), SinkError> {
-        self.compared += self.outgoing.dumped_pages(
-            batch.space,
-            batch.vaddr,
-            batch.flags,
-            &bytes,
-            &mut self.records,
-        );
-        if !self.records.is_empty() {
-            self.stream.put(self.number, &mut self.records)?;
-        }
-        Ok(())
+        self.pass_on(Piece::Pages(*batch, bytes))
     }
 
     fn elsewhere(&mut self, space: PagemapName, run: PageRun) -> Result<(), SinkError> {
         if run.flags != PageFlags::PARENT {
             return Err("CRIU kept pages back".into());
         }
-        self.outgoing
-            .dumped_in_parent(space, run.vaddr, run.pages, &mut self.records)?;
+        self.pass_on(Piece::InParent(space, run))
+    }
+
+    // That all could be compared is not waited for: the vote at post-dump counts.
+    fn close(&mut self) -> Result<i32, SinkError> {
+        Ok(0)
+    }
+}
+
+/// Compares the memory of the dump with what the destination holds.
+#[derive(Debug)]
+struct Comparer {
+    outgoing: Outgoing,
+    stream: RecordStream,
+    number: u32,
+    compared: Compared,
+    records: Vec<Record>,
+}
+
+impl Comparer {
+    fn run(&mut self, pieces: blocking::Receiver<Piece>) -> Result<(), SinkError> {
+        self.outgoing.begin(self.number, true, &mut self.records);
+        for piece in pieces {
+            self.take(piece)?;
+            if !self.records.is_empty() {
+                self.stream.put(self.number, &mut self.records)?;
+            }
+        }
+        self.stream.put(self.number, &mut self.records)?;
         Ok(())
     }
 
-    fn close(&mut self) -> Result<i32, SinkError> {
-        self.stream.put(self.number, &mut self.records)?;
-        Ok(0)
+    fn take(&mut self, piece: Piece) -> Result<(), SinkError> {
+        let records = &mut self.records;
+        match piece {
+            Piece::Open(space) => self.outgoing.open_dumped(space, records),
+            Piece::Pages(batch, bytes) => {
+                let (space, flags) = (batch.space, batch.flags);
+                self.compared +=
+                    self.outgoing
+                        .dumped_pages(space, batch.vaddr, flags, &bytes, records);
+            }
+            Piece::InParent(space, run) => {
+                self.outgoing
+                    .dumped_in_parent(space, run.vaddr, run.pages, records)?;
+            }
+        }
+        Ok(())
     }
 }
 
