@@ -291,7 +291,8 @@ fn what_cannot_pre_dump_is_read_live_unless_told_not_to() {
         read.note
             .is_some_and(|note| note.contains("cannot pre-dump"))
     );
-    assert!(compared.pages > 50 && source.method().starts_with("live"));
+    // A shell, with or without its child.
+    assert!(compared.pages > 10 && source.method().starts_with("live"));
     assert!(Box::new(source).into_parent().is_none());
 }
 
