@@ -199,6 +199,17 @@ impl CriuVersion {
 }
 
 impl Facts {
+    /// Addresses that sockets of the tree are bound to and that other hosts reach, each once: those
+    /// that have to move with it.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let addresses = self.sockets.iter().map(|socket| socket.address);
+        let mut addresses: Vec<_> = addresses
+            .filter(|address| !address.is_unspecified() && !address.is_loopback())
+            .collect();
+        addresses.dedup();
+        addresses
+    }
+
     /// The bytes that [`Facts::decode`] takes, provided that the lists are within [`limits`].
     pub fn encode(&self) -> Vec<u8> {
         self.to_proto().encode_to_vec()

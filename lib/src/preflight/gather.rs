@@ -157,7 +157,7 @@ pub(super) fn is_privileged() -> bool {
 pub(super) fn all_processes() -> HashMap<u32, Stat> {
     numbers_in("/proc".as_ref())
         .into_iter()
-        .filter_map(|pid| Some((pid, Stat::parse(&read(&proc_path(pid, "stat")))?)))
+        .filter_map(|pid| Some((pid, Stat::of(pid)?)))
         .collect()
 }
 

@@ -30,14 +30,19 @@ pub(super) fn innermost(text: &str, key: &str) -> Option<u32> {
 
 /// What /proc/PID/stat tells and /proc/PID/status does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Stat {
-    pub(super) state: char,
-    pub(super) parent: u32,
-    pub(super) group: u32,
-    pub(super) session: u32,
+pub(crate) struct Stat {
+    pub(crate) state: char,
+    pub(crate) parent: u32,
+    pub(crate) group: u32,
+    pub(crate) session: u32,
 }
 
 impl Stat {
+    /// That of process `pid`; `None` where there is none.
+    pub(crate) fn of(pid: u32) -> Option<Self> {
+        Self::parse(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    }
+
     /// The name of the program, which comes first, may hold anything, parentheses too.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let (_, rest) = text.rsplit_once(')')?;

@@ -136,9 +136,9 @@ impl Standby {
         &self.root
     }
 
-    /// Makes the directory of the final iteration before it is needed.
+    /// As [`prepare_final`].
     pub fn prepare_final(&mut self) -> Result<(), StandbyError> {
-        make_private(&self.root.join(FINAL))
+        prepare_final(&self.root)
     }
 
     /// A note of the stream.
@@ -392,6 +392,11 @@ pub fn sync_directory(directory: &Path) -> Result<(), StandbyError> {
     let opened = File::open(directory).tried("open", directory)?;
     opened.sync_all().tried("sync", directory)?;
     Ok(())
+}
+
+/// Makes the directory of the final iteration beneath `root` before it is needed.
+pub fn prepare_final(root: &Path) -> Result<(), StandbyError> {
+    make_private(&root.join(FINAL))
 }
 
 fn make_private(path: &Path) -> Result<(), StandbyError> {

@@ -89,11 +89,6 @@ impl MigrationDestination {
         matches!(self.state, State::Done | State::Removed)
     }
 
-    /// Whether the final iteration may arrive now.
-    pub fn expects_final(&self) -> bool {
-        self.state == State::Building
-    }
-
     /// The time that `poll_timeout` named has come.
     pub fn handle_timeout(&mut self, now: Instant) -> Result<(), SessionError> {
         if self.liveness.check(now)? {

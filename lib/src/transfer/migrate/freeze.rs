@@ -21,7 +21,7 @@ use super::iterate::Parent;
 use super::stream::RecordStream;
 use crate::criu::page_client::{self, PageSink, SinkError};
 use crate::criu::page_server::Batch;
-use crate::criu::{Canceller, CriuError, CriuOptions, DumpOptions, Stage, Verdict, Worker};
+use crate::criu::{Canceller, CriuError, CriuOptions, DumpOptions, Probe, Stage, Verdict, Worker};
 use crate::delta::{Compared, FileMeta, FileName, Outgoing, Record};
 use crate::image::{DumpStats, Inventory, PageFlags, PageRun, PagemapName};
 use crate::page::PageSize;
@@ -142,6 +142,7 @@ impl Drop for Frozen {
 pub(super) struct Prepared {
     pub(super) worker: Worker,
     pub(super) socket: std::os::unix::net::UnixStream,
+    pub(super) probe: Probe,
 }
 
 /// Starts CRIU and lets it look around, so that none of that is left for the freeze.
@@ -153,7 +154,7 @@ pub(super) fn prepare(program: &Path) -> Result<Prepared, CriuError> {
         source,
     })?;
     let mut worker = Worker::start(program, Some(theirs), None)?;
-    worker.probe()?;
+    let probe = worker.probe()?;
     // CRIU looks at its own socket only at a stage, at this one while it dumps memory.
     let copy = socket.try_clone().map_err(|source| CriuError::Io {
         pid: worker.pid(),
@@ -161,7 +162,11 @@ pub(super) fn prepare(program: &Path) -> Result<Prepared, CriuError> {
         source,
     })?;
     worker.end_with(copy.into());
-    Ok(Prepared { worker, socket })
+    Ok(Prepared {
+        worker,
+        socket,
+        probe,
+    })
 }
 
 /// What to dump.
@@ -186,7 +191,7 @@ pub(super) fn freeze(
     clock: Clock,
     tell: impl Fn(Moment) + Clone + Send + 'static,
 ) -> std::io::Result<Frozen> {
-    let Prepared { worker, socket } = prepared;
+    let Prepared { worker, socket, .. } = prepared;
     let (verdict, verdicts) = blocking::channel();
     let frozen = Frozen {
         verdict,

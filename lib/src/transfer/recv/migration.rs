@@ -430,7 +430,7 @@ impl<'a> Driver<'a> {
         let (host, environment, tell) =
             (self.host.clone(), self.environment(None), self.tell.clone());
         let worker = self.worker.take();
-        let directory = self.place.path.join(standby::FINAL);
+        let root = self.place.path.clone();
         tokio::spawn(async move {
             let prepared = async {
                 let worker = match worker {
@@ -443,8 +443,7 @@ impl<'a> Driver<'a> {
                 });
                 let hooked = hooked.await.expect("a hook does not panic");
                 hooked.map_err(|error| refused(FailureCode::Hook, error.to_string()))?;
-                let made = fs::DirBuilder::new().mode(0o700).create(&directory);
-                made.tried("create", &directory)?;
+                standby::prepare_final(&root)?;
                 Ok(Box::new(worker))
             };
             let _ = tell.send(Happening::Prepared(prepared.await));
@@ -500,8 +499,6 @@ impl<'a> Driver<'a> {
             Moment::Held { pid, at_ns } => {
                 self.held = Some(pid);
                 self.held_ns = at_ns;
-                let took = Duration::from_nanos(at_ns.saturating_sub(self.complete_ns));
-                costs::learn_restore(self.dumped_bytes, took);
                 self.vote();
             }
             Moment::Resumed { at_ns } => self.resumed(at_ns),
@@ -562,6 +559,8 @@ impl<'a> Driver<'a> {
             address: self.connection.remote_address(),
         });
         self.later(hooks::Moment::AfterRestore);
+        let took = Duration::from_nanos(self.held_ns.saturating_sub(self.complete_ns));
+        costs::learn_restore(self.dumped_bytes, took);
         orphans::reap();
     }
 
@@ -581,16 +580,11 @@ impl<'a> Driver<'a> {
     }
 
     fn environment(&self, images: Option<PathBuf>) -> Environment {
-        let sockets = self.facts.sockets.iter().map(|socket| socket.address);
-        let mut addresses: Vec<_> = sockets
-            .filter(|address| !address.is_unspecified() && !address.is_loopback())
-            .collect();
-        addresses.dedup();
         Environment {
             migration: self.offer.name.clone(),
             pid: self.held,
             peer: Some(self.connection.remote_address().ip()),
-            addresses,
+            addresses: self.facts.addresses(),
             images,
             reason: None,
         }

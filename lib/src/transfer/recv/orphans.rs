@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
+use crate::preflight::Stat;
 use rustix::process::{Pid, Signal, WaitOptions};
 
 /// How often the dead are looked for.
@@ -115,22 +116,15 @@ fn to_pid(pid: u32) -> Option<Pid> {
 }
 
 fn state_of(pid: u32) -> Option<char> {
-    stat_field(pid, 0)?.chars().next()
+    Some(Stat::of(pid)?.state)
 }
 
 fn parent_of(pid: u32) -> Option<u32> {
-    stat_field(pid, 1)?.parse().ok()
+    Some(Stat::of(pid)?.parent)
 }
 
 fn session_of(pid: u32) -> Option<u32> {
-    stat_field(pid, 3)?.parse().ok()
-}
-
-// Counted from the state, behind the name, which may hold anything.
-fn stat_field(pid: u32, index: usize) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(index).map(str::to_owned)
+    Some(Stat::of(pid)?.session)
 }
 
 #[cfg(test)]

@@ -89,11 +89,8 @@ impl Driver<'_> {
                 }
                 Moment::Held { at_ns } => {
                     self.phase("dump the rest", from.min(at_ns), at_ns);
-                    let took = Duration::from_nanos(at_ns.saturating_sub(self.freezing_ns));
-                    // One that builds on a pre-dump says nothing about others.
-                    if !self.is_chained {
-                        costs::learn_dump(self.survey.facts.tree.memory_bytes, took);
-                    }
+                    let took = at_ns.saturating_sub(self.freezing_ns);
+                    self.dump_took = Duration::from_nanos(took);
                     held = true;
                 }
                 Moment::Ended { result } => return Err(ended(result)),
@@ -214,6 +211,10 @@ impl Driver<'_> {
         };
         self.kill_what_is_left(problem).await;
         self.phase("end the source's tree", begun, self.clock.now_ns());
+        // One that builds on a pre-dump says nothing about others.
+        if !self.is_chained {
+            costs::learn_dump(self.survey.facts.tree.memory_bytes, self.dump_took);
+        }
         self.report.criu_stats = self.place.as_ref().and_then(DumpPlace::stats);
         if let Err(error) = self.hook(hooks::Moment::AfterCommit).await {
             self.report.notes.push(error.to_string());

@@ -25,7 +25,7 @@ use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions};
 use crate::criu::{CriuError, CriuOptions};
 use crate::hooks;
 use crate::page::PageSize;
-use crate::precopy::{Costs, Decision, Goals, Policy};
+use crate::precopy::{Costs, Goals, Policy};
 use crate::preflight::{self, Choices, Survey};
 use crate::session::migration::{
     ClockSamples, MigrationSource, MigrationSourceCommand as Command, Owner,
@@ -185,13 +185,14 @@ struct Driver<'a> {
     clock_questions: u32,
     policy: Policy,
     iterating: Option<Begun>,
-    cut_short: Option<Decision>,
     stream: Option<RecordStream>,
     frozen: Option<Frozen>,
     place: Option<DumpPlace>,
     // Of the final dump; and whether there is one.
     parent: Option<Parent>,
     is_chained: bool,
+    // From the freeze until CRIU holds.
+    dump_took: Duration,
     touched: bool,
     peer_phases: Vec<Phase>,
     phases: Vec<PhaseReport>,
@@ -280,12 +281,12 @@ impl<'a> Driver<'a> {
             clock_questions: 0,
             policy: Policy::new(goals, Costs::default()),
             iterating: None,
-            cut_short: None,
             stream: None,
             frozen: None,
             place: None,
             parent: None,
             is_chained: false,
+            dump_took: Duration::ZERO,
             touched: false,
             peer_phases: Vec::new(),
             phases: Vec::new(),
@@ -361,18 +362,11 @@ impl<'a> Driver<'a> {
     }
 
     fn environment(&self) -> hooks::Environment {
-        let sockets = &self.survey.facts.sockets;
-        let mut addresses: Vec<_> = sockets
-            .iter()
-            .map(|socket| socket.address)
-            .filter(|address| !address.is_unspecified() && !address.is_loopback())
-            .collect();
-        addresses.dedup();
         hooks::Environment {
             migration: self.name.clone(),
             pid: Some(self.options.pid),
             peer: Some(self.connection.remote_address().ip()),
-            addresses,
+            addresses: self.survey.facts.addresses(),
             images: self.place.as_ref().map(DumpPlace::images),
             reason: None,
         }

@@ -42,14 +42,9 @@ impl Driver<'_> {
             source: self.open_source().await?,
         };
         loop {
-            let (back, is_more) = self.iterate(reading, &stream).await?;
-            reading = back;
+            let decision;
+            (reading, decision) = self.iterate(reading, &stream).await?;
             self.report.method = reading.source.method();
-            let decision = if is_more {
-                self.decision()
-            } else {
-                Decision::Freeze(Why::NothingMore)
-            };
             match decision {
                 Decision::Again => {}
                 Decision::Freeze(why) => {
@@ -82,12 +77,11 @@ impl Driver<'_> {
         Ok(source)
     }
 
-    // False where there was nothing more to read.
     async fn iterate(
         &mut self,
         mut reading: Reading,
         stream: &RecordStream,
-    ) -> Result<(Reading, bool), MigrateError> {
+    ) -> Result<(Reading, Decision), MigrateError> {
         let (begun, begun_ns) = (self.clock.elapsed(), self.clock.now_ns());
         let next = u32::try_from(self.report.iterations.len()).unwrap_or(u32::MAX - 1) + 1;
         let preparing = spawn_blocking(move || {
@@ -96,7 +90,7 @@ impl Driver<'_> {
         });
         let (mut reading, is_more) = self.job(preparing).await?;
         if !is_more? {
-            return Ok((reading, false));
+            return Ok((reading, Decision::Freeze(Why::NothingMore)));
         }
         let number = self.session.begin_iteration();
         let bytes_before = stream.written().bytes();
@@ -133,10 +127,10 @@ impl Driver<'_> {
             .await?;
         self.iterating = None;
         let stream_bytes = stream.written().bytes() - bytes_before;
-        self.iterated(number, begun, streamed, &scanned, stream_bytes, work);
+        let decision = self.iterated(number, begun, streamed, &scanned, stream_bytes, work);
         let name = format!("iteration {number}");
         self.phase(&name, begun_ns, self.clock.now_ns());
-        Ok((reading, true))
+        Ok((reading, decision))
     }
 
     fn iterated(
@@ -147,7 +141,7 @@ impl Driver<'_> {
         scanned: &Scanned,
         stream_bytes: u64,
         work: Duration,
-    ) {
+    ) -> Decision {
         let end = self.clock.elapsed();
         let compared = scanned.compared;
         let iteration = Iteration {
@@ -162,7 +156,6 @@ impl Driver<'_> {
         };
         self.expect_dump(number, scanned);
         let decision = self.policy.after(&iteration);
-        self.cut_short = Some(decision);
         let prediction = self.policy.predict();
         let took = end - begun;
         #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
@@ -185,6 +178,7 @@ impl Driver<'_> {
         self.report.notes.extend(scanned.read.note.clone());
         self.emit(MigrateEvent::IterationDone(report.clone()));
         self.report.iterations.push(report);
+        decision
     }
 
     // A dump that builds on a pre-dump does what that did, and the rest of a dump of so little memory.
@@ -195,9 +189,5 @@ impl Driver<'_> {
             let bytes = scanned.compared.pages * self.page.bytes();
             self.policy.set_dump_cost(frozen + costs::dump(bytes));
         }
-    }
-
-    fn decision(&mut self) -> Decision {
-        self.cut_short.take().unwrap_or(Decision::Again)
     }
 }

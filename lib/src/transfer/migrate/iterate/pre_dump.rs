@@ -31,7 +31,7 @@ use crate::live::ReaderOptions;
 use crate::page::PageSize;
 use crate::transfer::clock::Clock;
 use crate::transfer::migrate::MigrateError;
-use crate::transfer::migrate::freeze::private_directory;
+use crate::transfer::migrate::freeze::{self, Prepared, private_directory};
 
 /// What pre-dumps are made of.
 #[derive(Debug)]
@@ -125,11 +125,11 @@ impl PreDumps {
     }
 
     fn pre_dump(&mut self, pass: &mut Pass<'_>) -> Result<Option<Duration>, CriuError> {
-        let (mut socket, theirs) = page_client::socket_pair().map_err(io("make a socket"))?;
-        let mut worker = Worker::start(&self.setup.program, Some(theirs), None)?;
-        let probe = worker.probe()?;
-        let copy = socket.try_clone().map_err(io("duplicate the socket"))?;
-        worker.end_with(copy.into());
+        let Prepared {
+            mut worker,
+            mut socket,
+            probe,
+        } = freeze::prepare(&self.setup.program)?;
         if !probe.pidfd_store {
             self.pidfds = None;
         }
