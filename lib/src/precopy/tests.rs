@@ -420,6 +420,27 @@ fn a_halved_link_is_believed_and_one_that_was_hardly_used_is_not() {
 }
 
 #[test]
+fn an_acknowledgement_that_took_long_says_nothing_about_the_link() {
+    let mut feed = Feed::new(Goals {
+        freeze_limit: Some(ms(10_000)),
+        ..goals()
+    });
+    feed.after(19);
+    for _ in 0..3 {
+        let mut done = feed.next(0);
+        // A few empty frames, and a destination whose disk was busy.
+        (done.wire_bytes, done.send_time) = (100, ms(400));
+        let decision = feed.policy.after(&done);
+        assert!(
+            !matches!(decision, Decision::GiveUp(_)),
+            "{decision:?} with {:?}",
+            feed.policy.predict()
+        );
+    }
+    assert_between(feed.policy.predict().downtime, 400, 450);
+}
+
+#[test]
 fn compression_and_pages_that_the_destination_has_count_for_what_is_left() {
     let downtime = |wire_share: u64| {
         let mut feed = Feed::new(goals());
