@@ -94,6 +94,7 @@
 pub mod criu;
 pub mod delta;
 pub mod digest;
+pub mod handover;
 pub mod hooks;
 pub mod identity;
 pub mod image;

@@ -9,8 +9,8 @@ use crate::delta::{FileMeta, Manifest, ParentRef, Place, Recipe};
 use crate::digest::Digest;
 use crate::ticket::equal_in_constant_time;
 use crate::wire::{
-    BeginSet, BlockId, FrameHeader, Hello, Layout, MIGRATION_VERSION, Message, Offer, Op,
-    Published, SegmentAt, Step, VERSIONS, Welcome, limits,
+    BeginSet, BlockId, FrameHeader, Hello, Layout, MIGRATION_VERSION, Message, MigrationId, Offer,
+    Op, Published, SegmentAt, Step, VERSIONS, Verdict, Welcome, limits,
 };
 
 /// What the destination says of itself and asks of the source.
@@ -58,6 +58,8 @@ pub enum DestinationCommand {
     /// A live migration is offered: all further messages are for
     /// [`MigrationDestination`](super::migration::MigrationDestination).
     Migrate(Box<Offer>),
+    /// Hand the connection to [`handover`](crate::handover): a source of a migration is back.
+    Meet(MigrationId, Verdict),
 }
 
 #[derive(Debug)]
@@ -131,6 +133,12 @@ impl Destination {
         }
         self.state = match (std::mem::replace(&mut self.state, State::Failed), message) {
             (State::AwaitHello, Message::Hello(hello)) => self.greeted(&hello)?,
+            // Its key and the id, which nobody else knows, are its proof.
+            (State::AwaitHello, Message::Migration(Step::Meet { id, verdict })) => {
+                self.commands
+                    .push_back(DestinationCommand::Meet(id, verdict));
+                State::Failed
+            }
             (State::AwaitQuery, Message::Migration(Step::Offer(offer)))
                 if self.version >= MIGRATION_VERSION =>
             {

@@ -432,6 +432,11 @@ pub fn sample_steps() -> Vec<Step> {
             asked_ns: 1,
             here_ns: 2,
         },
+        Step::Meet {
+            id: MigrationId([7; 16]),
+            verdict: crate::wire::Verdict::Commit,
+        },
+        Step::Met(crate::wire::Answer::Runs { pid: 4711 }),
     ]
 }
 

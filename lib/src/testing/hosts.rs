@@ -331,8 +331,8 @@ impl DestinationHost {
                     return Ok(Some(DestinationOutput::Prepare(begin, files)));
                 }
                 // As a receiver that takes images only.
-                DestinationCommand::Migrate(_) => {
-                    return Err(SessionError::Protocol("a tree is offered"));
+                DestinationCommand::Migrate(_) | DestinationCommand::Meet(..) => {
+                    return Err(SessionError::Protocol("it is about a tree"));
                 }
                 DestinationCommand::Store(job) => {
                     assert_eq!(self.unwritten, 0, "stored before all was written");

@@ -1,6 +1,7 @@
 //! The destination's driver.
 
 mod incoming;
+mod meeting;
 mod migration;
 mod orphans;
 mod restore;

@@ -14,6 +14,25 @@ use crate::page::PageSize;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MigrationId(pub [u8; 16]);
 
+impl MigrationId {
+    /// Reads what [`Display`](std::fmt::Display) writes.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut id = [0; 16];
+        let digits = text.as_bytes();
+        if digits.len() != 32 || digits.iter().any(u8::is_ascii_uppercase) {
+            return None;
+        }
+        for (byte, pair) in id.iter_mut().zip(digits.chunks(2)) {
+            let pair = std::str::from_utf8(pair).ok()?;
+            let is_hex = pair.bytes().all(|digit| digit.is_ascii_hexdigit());
+            *byte = is_hex
+                .then(|| u8::from_str_radix(pair, 16).ok())
+                .flatten()?;
+        }
+        Some(Self(id))
+    }
+}
+
 impl std::fmt::Display for MigrationId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -27,7 +46,7 @@ impl std::fmt::Debug for MigrationId {
 }
 
 /// What CRIU must be told on both sides, because the images depend on it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct RestoreOptions {
     /// Take open TCP connections along.
     pub tcp_established: bool,
@@ -88,6 +107,35 @@ pub struct Phase {
     pub end_ns: u64,
 }
 
+/// What the source tells a destination that it meets again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// Nothing is said: what is there?
+    Ask,
+    /// The workload is the destination's.
+    Commit,
+    /// The workload stays at the source.
+    Abort,
+}
+
+/// What the destination answers, when it has done what the verdict says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Answer {
+    /// It knows nothing of this migration.
+    Unknown,
+    /// It holds a complete copy that has not run.
+    Holds,
+    /// The copy runs, or has run.
+    Runs {
+        /// Its root process, as the destination sees it; 0 where that is not known any more.
+        pid: u32,
+    },
+    /// Nothing is left of the copy, and it never ran.
+    Removed,
+    /// It is at work, or cannot do what it was told: ask again.
+    Busy,
+}
+
 /// A step of the hand-over, on the control stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -139,6 +187,15 @@ pub enum Step {
         /// In nanoseconds of the destination's clock.
         here_ns: u64,
     },
+    /// Source, on a connection of its own, in place of `Hello`: the two have lost each other.
+    Meet {
+        /// Which migration.
+        id: MigrationId,
+        /// What the source has decided.
+        verdict: Verdict,
+    },
+    /// Destination: what is there, after it has done what the verdict says.
+    Met(Answer),
 }
 
 /// What frames and runs refer to by index.
@@ -298,6 +355,11 @@ impl Step {
             &Self::ClockTell { asked_ns, here_ns } => {
                 Body::ClockTell(v1::ClockTell { asked_ns, here_ns })
             }
+            Self::Meet { id, verdict } => Body::Meet(v1::Meet {
+                id: id.0.to_vec(),
+                verdict: verdict.to_proto() as i32,
+            }),
+            Self::Met(answer) => Body::Met(answer.to_proto()),
         };
         v1::Migration { step: Some(step) }
     }
@@ -350,7 +412,65 @@ impl Step {
                 asked_ns: tell.asked_ns,
                 here_ns: tell.here_ns,
             },
+            Body::Meet(meet) => Self::Meet {
+                id: id_in(&meet.id)?,
+                verdict: Verdict::from_proto(meet.verdict())?,
+            },
+            Body::Met(met) => Self::Met(Answer::from_proto(met)?),
         })
+    }
+}
+
+fn id_in(bytes: &[u8]) -> Result<MigrationId, WireError> {
+    let id = bytes.try_into();
+    Ok(MigrationId(
+        id.map_err(|_| WireError::Field("migration's id"))?,
+    ))
+}
+
+impl Verdict {
+    fn to_proto(self) -> v1::Verdict {
+        match self {
+            Self::Ask => v1::Verdict::Ask,
+            Self::Commit => v1::Verdict::Commit,
+            Self::Abort => v1::Verdict::Abort,
+        }
+    }
+
+    fn from_proto(verdict: v1::Verdict) -> Result<Self, WireError> {
+        match verdict {
+            v1::Verdict::None => Err(WireError::Field("verdict")),
+            v1::Verdict::Ask => Ok(Self::Ask),
+            v1::Verdict::Commit => Ok(Self::Commit),
+            v1::Verdict::Abort => Ok(Self::Abort),
+        }
+    }
+}
+
+impl Answer {
+    fn to_proto(self) -> v1::Met {
+        let (holding, pid) = match self {
+            Self::Unknown => (v1::Holding::Unknown, 0),
+            Self::Holds => (v1::Holding::Complete, 0),
+            Self::Runs { pid } => (v1::Holding::Runs, pid),
+            Self::Removed => (v1::Holding::Removed, 0),
+            Self::Busy => (v1::Holding::Busy, 0),
+        };
+        v1::Met {
+            holding: holding as i32,
+            pid,
+        }
+    }
+
+    fn from_proto(met: v1::Met) -> Result<Self, WireError> {
+        match met.holding() {
+            v1::Holding::None => Err(WireError::Field("what is held")),
+            v1::Holding::Unknown => Ok(Self::Unknown),
+            v1::Holding::Complete => Ok(Self::Holds),
+            v1::Holding::Runs => Ok(Self::Runs { pid: met.pid }),
+            v1::Holding::Removed => Ok(Self::Removed),
+            v1::Holding::Busy => Ok(Self::Busy),
+        }
     }
 }
 
@@ -358,9 +478,8 @@ fn offer_in(offer: v1::Offer) -> Result<Offer, WireError> {
     if offer.facts.len() > limits::FACTS {
         return Err(WireError::Field("length of facts"));
     }
-    let id = offer.id.as_slice().try_into();
     Ok(Offer {
-        id: MigrationId(id.map_err(|_| WireError::Field("migration's id"))?),
+        id: id_in(&offer.id)?,
         name: text(offer.name)?,
         page_size: PageSize::new(offer.page_size)?,
         memory_bytes: offer.memory_bytes,
@@ -567,6 +686,12 @@ mod tests {
                 asked_ns: 1,
                 here_ns: 2,
             },
+            Step::Meet {
+                id: MigrationId([7; 16]),
+                verdict: Verdict::Commit,
+            },
+            Step::Met(Answer::Runs { pid: 4711 }),
+            Step::Met(Answer::Holds),
         ]
     }
 

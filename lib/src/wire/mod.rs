@@ -15,8 +15,8 @@ pub use message::{
     WireError,
 };
 pub use migration::{
-    MigrationId, Object, Offer, Offered, Phase, RECORD_HEADER_LEN, RecordKind, RestoreOptions,
-    Step, StreamNote,
+    Answer, MigrationId, Object, Offer, Offered, Phase, RECORD_HEADER_LEN, RecordKind,
+    RestoreOptions, Step, StreamNote, Verdict,
 };
 
 use crate::digest::Digest;

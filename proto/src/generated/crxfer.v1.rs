@@ -112,7 +112,7 @@ pub struct FactsCheck {
 /// In Control.migration.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Migration {
-    #[prost(oneof = "migration::Step", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "migration::Step", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub step: ::core::option::Option<migration::Step>,
 }
 /// Nested message and enum types in `Migration`.
@@ -143,7 +143,30 @@ pub mod migration {
         ClockAsk(super::ClockAsk),
         #[prost(message, tag = "12")]
         ClockTell(super::ClockTell),
+        #[prost(message, tag = "13")]
+        Meet(super::Meet),
+        #[prost(message, tag = "14")]
+        Met(super::Met),
     }
+}
+/// source -> destination, on a connection of its own and in place of Hello: they have lost each other
+/// within a migration. The destination answers only the key that offered it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Meet {
+    /// of the offer
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(enumeration = "Verdict", tag = "2")]
+    pub verdict: i32,
+}
+/// destination -> source, when it has done what the verdict says; Working until then.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Met {
+    #[prost(enumeration = "Holding", tag = "1")]
+    pub holding: i32,
+    /// of a copy that runs
+    #[prost(uint32, tag = "2")]
+    pub pid: u32,
 }
 /// source -> destination, in place of QueryHeld: this tree would like to come.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -346,6 +369,84 @@ pub struct EndIteration {
     /// of the final: 32 bytes, else empty
     #[prost(bytes = "vec", tag = "2")]
     pub root: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Verdict {
+    None = 0,
+    /// nothing is decided: what is there?
+    Ask = 1,
+    /// the workload is yours
+    Commit = 2,
+    /// the workload stays; remove what came
+    Abort = 3,
+}
+impl Verdict {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::None => "VERDICT_NONE",
+            Self::Ask => "VERDICT_ASK",
+            Self::Commit => "VERDICT_COMMIT",
+            Self::Abort => "VERDICT_ABORT",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "VERDICT_NONE" => Some(Self::None),
+            "VERDICT_ASK" => Some(Self::Ask),
+            "VERDICT_COMMIT" => Some(Self::Commit),
+            "VERDICT_ABORT" => Some(Self::Abort),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Holding {
+    None = 0,
+    /// it knows nothing of this migration
+    Unknown = 1,
+    /// a complete copy that has not run
+    Complete = 2,
+    /// the copy runs, or has run
+    Runs = 3,
+    /// nothing is left of the copy, and it never ran
+    Removed = 4,
+    /// at work, or what was told cannot be done: ask again
+    Busy = 5,
+}
+impl Holding {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::None => "HOLDING_NONE",
+            Self::Unknown => "HOLDING_UNKNOWN",
+            Self::Complete => "HOLDING_COMPLETE",
+            Self::Runs => "HOLDING_RUNS",
+            Self::Removed => "HOLDING_REMOVED",
+            Self::Busy => "HOLDING_BUSY",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "HOLDING_NONE" => Some(Self::None),
+            "HOLDING_UNKNOWN" => Some(Self::Unknown),
+            "HOLDING_COMPLETE" => Some(Self::Complete),
+            "HOLDING_RUNS" => Some(Self::Runs),
+            "HOLDING_REMOVED" => Some(Self::Removed),
+            "HOLDING_BUSY" => Some(Self::Busy),
+            _ => None,
+        }
+    }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Control {

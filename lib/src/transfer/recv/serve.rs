@@ -9,7 +9,7 @@ use tokio::task::spawn_blocking;
 
 use super::staged::Staged;
 use super::storing::{prepare_set, store_set};
-use super::{Shared, migration};
+use super::{Shared, meeting, migration};
 use crate::delta::FileMeta;
 use crate::digest::Digest;
 use crate::session::{Destination, DestinationCommand, DestinationConfig, SessionError, StoreJob};
@@ -21,8 +21,8 @@ use crate::transport::{
     BulkReceiver, Connection, ControlReceiver, ControlSender, HANDSHAKE_TIMEOUT, TransportError,
 };
 use crate::wire::{
-    BeginSet, BlockId, FrameHeader, HEADER_LEN, Message, Offer, Op, Published, WireError,
-    decode_ops, limits,
+    BeginSet, BlockId, FrameHeader, HEADER_LEN, Message, MigrationId, Offer, Op, Published,
+    Verdict, WireError, decode_ops, limits,
 };
 
 /// Frames that were read from the streams and wait for a core: 8 MiB.
@@ -46,7 +46,9 @@ pub(super) async fn serve(
     let mut driver = Driver::new(&connection, shared.clone(), control);
     let mut outcome = driver.run(messages).await;
     driver.keep_partial(outcome.as_ref().err());
-    if let (Ok(()), Some(offer)) = (&outcome, driver.offer.take()) {
+    if let (Ok(()), Some((id, verdict))) = (&outcome, driver.meeting.take()) {
+        outcome = meeting::serve(&connection, shared, &mut driver.control, id, verdict).await;
+    } else if let (Ok(()), Some(offer)) = (&outcome, driver.offer.take()) {
         outcome = migration::serve(
             &connection,
             shared.clone(),
@@ -112,6 +114,7 @@ struct Driver<'a> {
     done_bytes: u64,
     // What follows is another protocol.
     offer: Option<Box<Offer>>,
+    meeting: Option<(MigrationId, Verdict)>,
 }
 
 impl<'a> Driver<'a> {
@@ -144,6 +147,7 @@ impl<'a> Driver<'a> {
             held: None,
             done_bytes: 0,
             offer: None,
+            meeting: None,
         }
     }
 
@@ -154,7 +158,7 @@ impl<'a> Driver<'a> {
             while let Some(command) = self.destination.poll_command() {
                 self.carry_out(command).await?;
             }
-            if self.offer.is_some() {
+            if self.offer.is_some() || self.meeting.is_some() {
                 return Ok(());
             }
             let timeout = tokio::time::Instant::from_std(self.destination.poll_timeout());
@@ -242,6 +246,7 @@ impl<'a> Driver<'a> {
             }
             DestinationCommand::Store(job) => self.store(job),
             DestinationCommand::Migrate(offer) => self.offer = Some(offer),
+            DestinationCommand::Meet(id, verdict) => self.meeting = Some((id, verdict)),
         }
         Ok(())
     }

@@ -1,0 +1,551 @@
+//! The records of one migration on one host.
+//!
+//! A migration has a directory of its own, `STATE/source-ID` or `STATE/destination-ID`, mode 0700:
+//!
+//! - `journal`: one record a line, `CHECKSUM JSON`, where CHECKSUM is the first eight hexadecimal
+//!   digits of the JSON's BLAKE3. Lines are only ever appended, each by one write, so a process that
+//!   dies leaves whole lines; a last line that a power cut has torn does not count.
+//! - `lock`: held by whoever takes care of the migration ([`Lease`]); free when that has died.
+//!
+//! Appending locks the journal itself for a moment and reads it again: two processes cannot both take
+//! a step from the same state.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::state::{DestinationState, Keep, SourceState};
+use crate::wire::MigrationId;
+
+/// Where journals lie, below the directory of the state.
+const JOURNAL: &str = "journal";
+const LOCK: &str = "lock";
+
+/// Longest journal that is read, in bytes: that of a large tree has a few hundred kilobytes.
+const MOST_BYTES: u64 = 16 << 20;
+
+/// Hexadecimal digits before each record.
+const CHECKSUM_DIGITS: usize = 8;
+
+/// Why a journal cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// A system call failed.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A line that was not torn by a power cut is not what was written.
+    #[error(
+        "{path}: line {line} is damaged; look on both hosts where the workload runs, end what must not, then remove {}",
+        path.parent().unwrap_or(path).display()
+    )]
+    Damaged {
+        /// The journal.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+    },
+    /// Another process has recorded something else meanwhile.
+    #[error("{path}: {wanted} cannot follow {found}: another crxfer has decided already")]
+    Overtaken {
+        /// The journal.
+        path: PathBuf,
+        /// The last state there.
+        found: String,
+        /// What should have been recorded.
+        wanted: String,
+    },
+}
+
+/// A state of one of the sides, as the journal needs it.
+pub trait State: Copy + PartialEq + std::fmt::Debug + Serialize + DeserializeOwned {
+    /// The header of a migration: what must be known to end it without its process.
+    type About: Clone + std::fmt::Debug + Serialize + DeserializeOwned;
+    /// How the directory's name begins.
+    const SIDE: &'static str;
+    /// The state of a new journal.
+    const FIRST: Self;
+    /// The state in which nothing is left to do.
+    const LAST: Self;
+    /// Whether `next` may be recorded after this.
+    fn may_become(self, next: Self) -> bool;
+}
+
+/// One line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Line<S, A> {
+    /// The first one. Replaced by later ones: what is learned on the way.
+    About(Box<A>),
+    /// A step.
+    State { state: S, at_ms: u64, note: String },
+    /// What an operator or a policy decided.
+    Decided { keep: Keep, at_ms: u64, by: String },
+}
+
+/// When a state was entered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry<S> {
+    /// Which.
+    pub state: S,
+    /// When.
+    pub at: SystemTime,
+    /// Why, for people; may be empty.
+    pub note: String,
+}
+
+/// What a journal says.
+#[derive(Clone, Debug)]
+pub struct History<S: State> {
+    /// The header as it was written last.
+    pub about: S::About,
+    /// All states, oldest first; at least one.
+    pub entries: Vec<Entry<S>>,
+    /// The last decision, and whose.
+    pub decided: Option<(Keep, String)>,
+}
+
+impl<S: State> History<S> {
+    /// The state that counts.
+    pub fn state(&self) -> S {
+        self.entries.last().map_or(S::FIRST, |entry| entry.state)
+    }
+
+    /// Since when it counts.
+    pub fn since(&self) -> SystemTime {
+        self.entries.last().map_or(UNIX_EPOCH, |entry| entry.at)
+    }
+
+    /// The last decision.
+    pub fn keep(&self) -> Option<Keep> {
+        self.decided.as_ref().map(|(keep, _)| *keep)
+    }
+}
+
+/// The journal of one migration on one host.
+#[derive(Debug)]
+pub struct Journal<S: State> {
+    directory: PathBuf,
+    id: MigrationId,
+    file: File,
+    durable: bool,
+    side: std::marker::PhantomData<S>,
+}
+
+/// The right to take care of a migration: ends with the process that holds it.
+#[derive(Debug)]
+pub struct Lease {
+    _file: File,
+}
+
+impl<S: State> Journal<S> {
+    /// Begins the journal of a migration below `root`, which is made where it does not exist, and
+    /// takes its [`Lease`].
+    ///
+    /// Records are synced where `root` survives a power cut.
+    pub fn create(
+        root: &Path,
+        id: MigrationId,
+        about: S::About,
+    ) -> Result<(Self, Lease), JournalError> {
+        let directory = Self::directory_of(root, id);
+        let mut private = fs::DirBuilder::new();
+        private.mode(0o700).recursive(true);
+        private.create(root).map_err(failed("make", root))?;
+        private.recursive(false);
+        private
+            .create(&directory)
+            .map_err(failed("make", &directory))?;
+        let lease = lease(&directory)?.ok_or_else(|| JournalError::Overtaken {
+            path: directory.clone(),
+            found: "another process's lease".into(),
+            wanted: "a new migration".into(),
+        })?;
+        let path = directory.join(JOURNAL);
+        let file = options().create_new(true).open(&path);
+        let file = file.map_err(failed("create", &path))?;
+        let journal = Self {
+            durable: crate::sys::is_durable(root).map_err(failed("examine", root))?,
+            directory,
+            id,
+            file,
+            side: std::marker::PhantomData,
+        };
+        journal.append(&Line::About(Box::new(about)))?;
+        journal.append(&Line::State {
+            state: S::FIRST,
+            at_ms: now_ms(),
+            note: String::new(),
+        })?;
+        if journal.durable {
+            for path in [journal.directory.as_path(), root] {
+                let synced = File::open(path).and_then(|directory| directory.sync_all());
+                synced.map_err(failed("sync", path))?;
+            }
+        }
+        Ok((journal, lease))
+    }
+
+    /// Opens that of `id`; `None` where there is none.
+    pub fn open(root: &Path, id: MigrationId) -> Result<Option<Self>, JournalError> {
+        let directory = Self::directory_of(root, id);
+        let path = directory.join(JOURNAL);
+        let file = match options().open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(failed("open", &path))?,
+        };
+        Ok(Some(Self {
+            durable: crate::sys::is_durable(root).map_err(failed("examine", root))?,
+            directory,
+            id,
+            file,
+            side: std::marker::PhantomData,
+        }))
+    }
+
+    /// The migrations that have a journal of this side below `root`, in no order. A directory that
+    /// a death left without a journal is not named.
+    pub fn list(root: &Path) -> Result<Vec<MigrationId>, JournalError> {
+        let entries = match fs::read_dir(root) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(failed("list", root))?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(failed("list", root))?;
+            let name = entry.file_name();
+            let id = name.to_str().and_then(|name| {
+                let id = name.strip_prefix(S::SIDE)?.strip_prefix('-')?;
+                MigrationId::parse(id)
+            });
+            if let Some(id) = id.filter(|_| entry.path().join(JOURNAL).exists()) {
+                found.push(id);
+            }
+        }
+        Ok(found)
+    }
+
+    fn directory_of(root: &Path, id: MigrationId) -> PathBuf {
+        root.join(format!("{}-{id}", S::SIDE))
+    }
+
+    /// Which migration.
+    pub fn id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// Its directory: for what else must outlive the process.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Takes the lease; `None` while another process has it.
+    pub fn lease(&self) -> Result<Option<Lease>, JournalError> {
+        lease(&self.directory)
+    }
+
+    /// Waits until the lease is free, and takes it. Blocks.
+    pub fn await_lease(&self) -> Result<Lease, JournalError> {
+        let path = self.directory.join(LOCK);
+        let file = lock_file(&path)?;
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::LockExclusive) {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(failed("lock", &path)(error.into())),
+                Ok(()) => return Ok(Lease { _file: file }),
+            }
+        }
+    }
+
+    /// What it says now.
+    pub fn read(&self) -> Result<History<S>, JournalError> {
+        let path = self.path();
+        let mut bytes = Vec::new();
+        let mut file = &self.file;
+        file.rewind().map_err(failed("read", &path))?;
+        file.take(MOST_BYTES)
+            .read_to_end(&mut bytes)
+            .map_err(failed("read", &path))?;
+        parse(&bytes, &path)
+    }
+
+    /// Records a step. Fails where it may not follow what the journal says by now.
+    pub fn advance(&self, next: S, note: &str) -> Result<(), JournalError> {
+        let _locked = self.locked()?;
+        let found = self.read()?.state();
+        if !found.may_become(next) {
+            return Err(JournalError::Overtaken {
+                path: self.path(),
+                found: format!("{found:?}"),
+                wanted: format!("{next:?}"),
+            });
+        }
+        self.append(&Line::State {
+            state: next,
+            at_ms: now_ms(),
+            note: note.to_owned(),
+        })
+    }
+
+    /// Records what an operator or a policy decided; whoever has the lease acts upon it.
+    pub fn decide(&self, keep: Keep, by: &str) -> Result<(), JournalError> {
+        let _locked = self.locked()?;
+        self.append(&Line::Decided {
+            keep,
+            at_ms: now_ms(),
+            by: by.to_owned(),
+        })
+    }
+
+    /// Replaces the header by one that knows more.
+    pub fn note(&self, about: S::About) -> Result<(), JournalError> {
+        let _locked = self.locked()?;
+        self.append(&Line::About(Box::new(about)))
+    }
+
+    /// Removes the journal and its directory. Only after the last state, or where a migration never
+    /// became more than an offer.
+    pub fn remove(self) -> Result<(), JournalError> {
+        fs::remove_dir_all(&self.directory).map_err(failed("remove", &self.directory))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.join(JOURNAL)
+    }
+
+    fn append(&self, line: &Line<S, S::About>) -> Result<(), JournalError> {
+        let path = self.path();
+        let json = serde_json::to_string(line).expect("plain data is JSON");
+        let mut text = checksum(&json);
+        text.push(' ');
+        text.push_str(&json);
+        text.push('\n');
+        (&self.file)
+            .write_all(text.as_bytes())
+            .map_err(failed("write", &path))?;
+        if self.durable {
+            self.file.sync_data().map_err(failed("sync", &path))?;
+        }
+        Ok(())
+    }
+
+    // Released with the guard. A lock of the open file, which dies with its process.
+    fn locked(&self) -> Result<Locked<'_>, JournalError> {
+        loop {
+            match rustix::fs::flock(&self.file, FlockOperation::LockExclusive) {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(failed("lock", &self.path())(error.into())),
+                Ok(()) => return Ok(Locked(&self.file)),
+            }
+        }
+    }
+}
+
+struct Locked<'a>(&'a File);
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::fs::flock(self.0, FlockOperation::Unlock);
+    }
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).append(true).mode(0o600);
+    options
+}
+
+fn lock_file(path: &Path) -> Result<File, JournalError> {
+    let file = options().create(true).open(path);
+    file.map_err(failed("open", path))
+}
+
+fn lease(directory: &Path) -> Result<Option<Lease>, JournalError> {
+    let path = directory.join(LOCK);
+    let file = lock_file(&path)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(failed("lock", &path)(error.into())),
+        Ok(()) => Ok(Some(Lease { _file: file })),
+    }
+}
+
+fn parse<S: State>(bytes: &[u8], path: &Path) -> Result<History<S>, JournalError> {
+    let mut about = None;
+    let mut entries = Vec::new();
+    let mut decided = None;
+    let at = |ms| UNIX_EPOCH + Duration::from_millis(ms);
+    let mut lines = bytes.split_inclusive(|byte| *byte == b'\n').enumerate();
+    let damaged = |index: usize| JournalError::Damaged {
+        path: path.to_owned(),
+        line: index + 1,
+    };
+    while let Some((index, line)) = lines.next() {
+        let Some(line) = parse_line::<S>(line) else {
+            // The last one may be torn; what stands before it is what counts.
+            if lines.next().is_none() && about.is_some() {
+                break;
+            }
+            return Err(damaged(index));
+        };
+        match line {
+            Line::About(newer) => about = Some(*newer),
+            Line::State { state, at_ms, note } => entries.push(Entry {
+                state,
+                at: at(at_ms),
+                note,
+            }),
+            Line::Decided { keep, by, .. } => decided = Some((keep, by)),
+        }
+    }
+    Ok(History {
+        about: about.ok_or_else(|| damaged(0))?,
+        entries,
+        decided,
+    })
+}
+
+fn parse_line<S: State>(line: &[u8]) -> Option<Line<S, S::About>> {
+    let text = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
+    let (sum, json) = text.split_at_checked(CHECKSUM_DIGITS)?;
+    let json = json.strip_prefix(' ')?;
+    (checksum(json) == sum)
+        .then(|| serde_json::from_str(json).ok())
+        .flatten()
+}
+
+fn checksum(json: &str) -> String {
+    let mut hex = blake3::hash(json.as_bytes()).to_hex().to_string();
+    hex.truncate(CHECKSUM_DIGITS);
+    hex
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a driver: records say when they were made"
+)]
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
+}
+
+fn failed<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> JournalError + 'a {
+    move |source| JournalError::Io {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// What must be known of a migration to end it on the source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceAbout {
+    /// Name of the migration.
+    pub name: String,
+    /// The tree's processes: pids as this host sees them, and when they were started.
+    pub tree: TreeAbout,
+    /// Where the destination may be met again, best first.
+    pub addresses: Vec<std::net::SocketAddr>,
+    /// Fingerprint of the destination's key.
+    pub peer: String,
+    /// This host's key for the meeting: a PEM file beside the journal or of the operator's.
+    pub identity: PathBuf,
+    /// Directory of the last images, removed with the migration.
+    pub work: PathBuf,
+    /// Id that CRIU gives its network lock, once that is known.
+    pub run_id: Option<String>,
+    /// Names of nftables tables of CRIU's that were there before: not this migration's.
+    pub foreign_tables: Vec<String>,
+    /// Process of `criu`, and when it was started.
+    pub criu: Option<ProcessAbout>,
+    /// The fence, once there is one.
+    pub fence: Option<serde_json::Value>,
+    /// What to do where the destination cannot be reached.
+    pub on_partition: super::OnPartition,
+    /// Addresses that the workload's sockets are bound to: the network lock goes when they have.
+    pub bound: Vec<std::net::IpAddr>,
+}
+
+/// A process, told from another one that got its pid later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessAbout {
+    /// As this host sees it.
+    pub pid: u32,
+    /// When it was started: field 22 of /proc/PID/stat, in clock ticks since boot.
+    pub started: u64,
+}
+
+/// A process tree.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TreeAbout {
+    /// Which boot of this host the pids are of: /proc/sys/kernel/random/boot_id.
+    pub boot: String,
+    /// The root first.
+    pub processes: Vec<ProcessAbout>,
+}
+
+/// What must be known of a migration to end it on the destination.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DestinationAbout {
+    /// Name of the migration.
+    pub name: String,
+    /// Fingerprint of the source's key: only it is answered.
+    pub peer: String,
+    /// Where the source was.
+    pub address: std::net::SocketAddr,
+    /// Directory of the migration: iterations, `final`, `work`.
+    pub place: PathBuf,
+    /// The source's facts, as preflight encodes them: pids, sockets, addresses.
+    pub facts: Vec<u8>,
+    /// What CRIU must be told, as the source asked.
+    pub options: crate::wire::RestoreOptions,
+    /// CRIU.
+    pub program: PathBuf,
+    /// A file of CRIU options of this host.
+    pub config_file: Option<PathBuf>,
+    /// Commands at named moments, each as the command line takes it.
+    pub hooks: Vec<String>,
+    /// Milliseconds that each of them may take.
+    pub hook_limit_ms: u64,
+    /// Which boot of this host it was: what runs does not outlive it.
+    pub boot: String,
+    /// Process of `criu`, and when it was started: copies are begun after that.
+    pub criu: Option<ProcessAbout>,
+    /// Root process of the copy, once it is known.
+    pub pid: Option<u32>,
+}
+
+impl State for SourceState {
+    type About = SourceAbout;
+    const SIDE: &'static str = "source";
+    const FIRST: Self = Self::Begun;
+    const LAST: Self = Self::Over;
+
+    fn may_become(self, next: Self) -> bool {
+        self.may_become(next)
+    }
+}
+
+impl State for DestinationState {
+    type About = DestinationAbout;
+    const SIDE: &'static str = "destination";
+    const FIRST: Self = Self::Receiving;
+    const LAST: Self = Self::Over;
+
+    fn may_become(self, next: Self) -> bool {
+        self.may_become(next)
+    }
+}
