@@ -114,4 +114,5 @@ pub mod ticket;
 pub mod transfer;
 #[cfg(feature = "net")]
 pub mod transport;
+pub mod tree;
 pub mod wire;

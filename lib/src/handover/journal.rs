@@ -20,6 +20,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::state::{DestinationState, Keep, SourceState};
+use crate::tree::{Fence, Process, Tree};
 use crate::wire::MigrationId;
 
 /// Where journals lie, below the directory of the state.
@@ -456,7 +457,7 @@ pub struct SourceAbout {
     /// Name of the migration.
     pub name: String,
     /// The tree's processes: pids as this host sees them, and when they were started.
-    pub tree: TreeAbout,
+    pub tree: Tree,
     /// Where the destination may be met again, best first.
     pub addresses: Vec<std::net::SocketAddr>,
     /// Fingerprint of the destination's key.
@@ -470,31 +471,13 @@ pub struct SourceAbout {
     /// Names of nftables tables of CRIU's that were there before: not this migration's.
     pub foreign_tables: Vec<String>,
     /// Process of `criu`, and when it was started.
-    pub criu: Option<ProcessAbout>,
+    pub criu: Option<Process>,
     /// The fence, once there is one.
-    pub fence: Option<serde_json::Value>,
+    pub fence: Option<Fence>,
     /// What to do where the destination cannot be reached.
     pub on_partition: super::OnPartition,
     /// Addresses that the workload's sockets are bound to: the network lock goes when they have.
     pub bound: Vec<std::net::IpAddr>,
-}
-
-/// A process, told from another one that got its pid later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessAbout {
-    /// As this host sees it.
-    pub pid: u32,
-    /// When it was started: field 22 of /proc/PID/stat, in clock ticks since boot.
-    pub started: u64,
-}
-
-/// A process tree.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TreeAbout {
-    /// Which boot of this host the pids are of: /proc/sys/kernel/random/boot_id.
-    pub boot: String,
-    /// The root first.
-    pub processes: Vec<ProcessAbout>,
 }
 
 /// What must be known of a migration to end it on the destination.
@@ -523,7 +506,7 @@ pub struct DestinationAbout {
     /// Which boot of this host it was: what runs does not outlive it.
     pub boot: String,
     /// Process of `criu`, and when it was started: copies are begun after that.
-    pub criu: Option<ProcessAbout>,
+    pub criu: Option<Process>,
     /// Root process of the copy, once it is known.
     pub pid: Option<u32>,
 }

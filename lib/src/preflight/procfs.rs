@@ -35,6 +35,8 @@ pub(crate) struct Stat {
     pub(crate) parent: u32,
     pub(crate) group: u32,
     pub(crate) session: u32,
+    /// When it was started, in clock ticks since boot.
+    pub(crate) started: u64,
 }
 
 impl Stat {
@@ -44,7 +46,7 @@ impl Stat {
     }
 
     /// The name of the program, which comes first, may hold anything, parentheses too.
-    pub(super) fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let (_, rest) = text.rsplit_once(')')?;
         let mut words = rest.split_whitespace();
         let state = words.next()?.chars().next()?;
@@ -56,11 +58,15 @@ impl Stat {
                 .ok()
                 .map(|id| u32::try_from(id).unwrap_or(0))
         };
+        let (parent, group, session) = (id()?, id()?, id()?);
+        // Of 52 fields, of which three are taken; before the start time come 15 others.
+        let started = words.nth(15)?.parse().ok()?;
         Some(Self {
             state,
-            parent: id()?,
-            group: id()?,
-            session: id()?,
+            parent,
+            group,
+            session,
+            started,
         })
     }
 }
@@ -202,16 +208,21 @@ mod tests {
 
     #[test]
     fn stat_survives_any_program_name() {
-        let stat = Stat::parse("7 (a) b) c) S 1 7 6 0 -1 4194304 101").expect("a stat");
+        let stat = Stat::parse(
+            "7 (a) b) c) S 1 7 6 0 -1 4194304 101 8 9 10 11 12 13 14 15 0 1 0 987654 1 2",
+        )
+        .expect("a stat");
         let expected = Stat {
             state: 'S',
             parent: 1,
             group: 7,
             session: 6,
+            started: 987_654,
         };
         assert_eq!(stat, expected);
         assert_eq!(
-            Stat::parse("7 (a) R 1 -1 -1").map(|stat| stat.session),
+            Stat::parse("7 (a) R 1 -1 -1 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20")
+                .map(|stat| stat.session),
             Some(0)
         );
         assert_eq!(Stat::parse("7 (a) S 1"), None);

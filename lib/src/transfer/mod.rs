@@ -9,6 +9,7 @@ mod costs;
 mod error;
 mod event;
 mod files;
+pub mod finish;
 mod memo;
 pub mod migrate;
 mod pack;

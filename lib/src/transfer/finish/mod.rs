@@ -1,0 +1,46 @@
+//! Finishing a migration whose process is gone, or that has lost its peer: what the guard,
+//! `crxfer recover`, and the drivers in doubt have in common.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::handover::JournalError;
+use crate::transport;
+
+mod destination;
+mod source;
+
+pub use destination::{DestinationOutcome, finish_destination};
+pub use source::{SourceOutcome, finish_source};
+
+/// How to finish.
+#[derive(Clone, Debug)]
+pub struct FinishOptions {
+    /// How long to try to reach the other host.
+    pub patience: Duration,
+    /// Another place where the destination may be met, before those in the journal.
+    pub target: Option<super::Target>,
+    /// Settings of the connection.
+    pub transport: transport::Options,
+    /// Becomes true when the caller wants to go; what is half done is left as the journal says.
+    pub stop: tokio::sync::watch::Receiver<bool>,
+}
+
+/// Why a migration could not be finished. Its journal stays.
+#[derive(Debug, thiserror::Error)]
+pub enum FinishError {
+    /// The journal cannot be read or written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Something of the tree, the copy or its files stands in the way.
+    #[error("{what} ({})", journal.display())]
+    Left {
+        /// What, and what to do.
+        what: String,
+        /// The migration's directory.
+        journal: PathBuf,
+    },
+    /// The other host, or CRIU.
+    #[error(transparent)]
+    Transfer(#[from] super::TransferError),
+}
