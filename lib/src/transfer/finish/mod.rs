@@ -10,6 +10,7 @@ use crate::transport;
 mod destination;
 mod source;
 
+pub(in crate::transfer) use destination::{Alive, bring_to_life, clear, record_running};
 pub use destination::{DestinationOutcome, finish_destination};
 pub use source::{SourceOutcome, finish_source};
 
