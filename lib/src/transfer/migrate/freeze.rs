@@ -18,10 +18,10 @@ use std::sync::{Arc, mpsc as blocking};
 
 use bytes::Bytes;
 
-use super::iterate::Parent;
-use super::record::Record;
-use super::stream::RecordStream;
 use super::MigrateError;
+use super::iterate::Parent;
+use super::record::Records;
+use super::stream::RecordStream;
 use crate::criu::page_client::{self, PageSink, SinkError};
 use crate::criu::page_server::Batch;
 use crate::criu::{Canceller, CriuError, CriuOptions, DumpOptions, Probe, Stage, Verdict, Worker};
@@ -201,7 +201,7 @@ pub(super) struct Job {
     /// The pre-dump that this one builds on.
     pub(super) parent: Option<Parent>,
     /// Where it is recorded that the tree is frozen, before it is.
-    pub(super) record: Option<Arc<Record>>,
+    pub(super) record: Option<Arc<Records>>,
 }
 
 /// Freezes and dumps. Returns at once; `tell` hears of everything that follows, from both threads.

@@ -18,13 +18,13 @@ pub(super) enum FencingError {
 
 /// Journal and header of one migration.
 #[derive(Debug)]
-pub(super) struct Record {
+pub(super) struct Records {
     journal: Journal<SourceState>,
     lease: Lease,
     about: Mutex<SourceAbout>,
 }
 
-impl Record {
+impl Records {
     pub(super) fn new(journal: Journal<SourceState>, lease: Lease, about: SourceAbout) -> Self {
         Self {
             journal,

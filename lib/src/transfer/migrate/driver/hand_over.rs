@@ -10,10 +10,10 @@ use crate::criu::{CriuError, Verdict};
 use crate::delta::{Compared, Outgoing};
 use crate::handover::SourceState;
 use crate::hooks;
-use crate::transfer::{costs, pause};
 use crate::transfer::migrate::freeze::{self, DumpPlace, Job, Moment, Prepared};
 use crate::transfer::migrate::report::Outcome;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
+use crate::transfer::{costs, pause};
 
 /// How long CRIU may take to say why it failed. The tree stands still meanwhile.
 const SAY_TIME: Duration = Duration::from_millis(500);

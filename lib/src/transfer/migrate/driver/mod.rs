@@ -21,7 +21,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use self::safety::CriuEnd;
 use super::freeze::{self, DumpPlace, Frozen, Moment};
 use super::iterate::Parent;
-use super::record::{FencingError, Record};
+use super::record::{FencingError, Records};
 use super::report::{Host, HostCheck, MigrationReport, Outcome, PhaseReport, may_begin};
 use super::stream::RecordStream;
 use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions};
@@ -198,7 +198,7 @@ struct Driver<'a> {
     stream: Option<RecordStream>,
     frozen: Option<Frozen>,
     criu_end: Option<CriuEnd>,
-    record: Option<Arc<Record>>,
+    record: Option<Arc<Records>>,
     guard: Option<Guard>,
     fencing: Option<JoinHandle<Result<(), FencingError>>>,
     place: Option<DumpPlace>,

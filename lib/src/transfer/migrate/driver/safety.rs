@@ -16,7 +16,7 @@ use crate::transfer::finish::{
 };
 use crate::transfer::guard::{Guard, GuardSide};
 use crate::transfer::migrate::freeze::{DumpPlace, Moment};
-use crate::transfer::migrate::record::Record;
+use crate::transfer::migrate::record::Records;
 use crate::transfer::migrate::report::Outcome;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
 use crate::transfer::pause;
@@ -117,7 +117,7 @@ impl Driver<'_> {
                 ))),
             }
         }
-        self.record = Some(Arc::new(Record::new(journal, lease, about)));
+        self.record = Some(Arc::new(Records::new(journal, lease, about)));
         Ok(())
     }
 
@@ -168,7 +168,7 @@ impl Driver<'_> {
         while let Some(fencing) = &self.fencing {
             if fencing.is_finished() {
                 let fencing = self.fencing.take().expect("just seen");
-                return Ok(fencing.await.expect("fencing does not panic")??);
+                return Ok(fencing.await.expect("fencing does not panic")?);
             }
             self.flush();
             // The tree's freeze is limited, whatever the kernel does.
@@ -404,7 +404,10 @@ impl Driver<'_> {
 }
 
 fn lock_stays(about: &SourceAbout, has_guard: bool) -> String {
-    let table = about.run_id.as_deref().map(crate::criu::network_lock::nftables_table);
+    let table = about
+        .run_id
+        .as_deref()
+        .map(crate::criu::network_lock::nftables_table);
     match table {
         Some(Ok(table)) if !has_guard => format!(
             "CRIU's network lock stays until the address has moved; then: nft delete table inet \
