@@ -13,7 +13,8 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::finish::{
-    DestinationOutcome, FinishOptions, SourceOutcome, finish_destination, finish_source,
+    DestinationOutcome, FinishOptions, SourceOutcome, clear_source, finish_destination,
+    finish_source,
 };
 use super::pause;
 use crate::handover::{
@@ -208,11 +209,13 @@ impl Guarded for SourceState {
         let outcome = finish_source(&journal, lease, &options).await;
         let outcome = outcome.map_err(|error| error.to_string())?;
         say(&format!("{}: {outcome:?}", journal.id()));
-        Ok(match outcome {
-            SourceOutcome::Kept { told, .. } => told,
+        let is_over = match &outcome {
+            SourceOutcome::Kept { told, .. } => *told,
             SourceOutcome::Moved { .. } => true,
             SourceOutcome::Held { .. } | SourceOutcome::Undecided { .. } => false,
-        })
+        };
+        // Where the address has not left yet the journal waits for that, and so does this guard.
+        Ok(is_over && clear_source(journal).map_err(|error| error.to_string())?)
     }
 }
 

@@ -19,19 +19,30 @@ struct Pause {
 
 /// Sleeps where this point was asked for. Blocks the thread.
 pub(crate) fn at(point: &str) {
+    if let Some(length) = reached(point) {
+        std::thread::sleep(length);
+    }
+}
+
+/// The same of a task: others run on.
+pub(crate) async fn at_point(point: &str) {
+    if let Some(length) = reached(point) {
+        tokio::time::sleep(length).await;
+    }
+}
+
+fn reached(point: &str) -> Option<Duration> {
     static ASKED: OnceLock<Option<Pause>> = OnceLock::new();
     let asked = ASKED.get_or_init(|| {
         let [pause, file] = VARIABLES.map(std::env::var_os);
         parse(pause?.to_str()?, file.map(PathBuf::from))
     });
-    let Some(pause) = asked.as_ref().filter(|pause| pause.point == point) else {
-        return;
-    };
+    let pause = asked.as_ref().filter(|pause| pause.point == point)?;
     if let Some(file) = &pause.file {
         // Whoever waits for it sees a whole name, or none.
         let _ = std::fs::write(file, point);
     }
-    std::thread::sleep(pause.length);
+    Some(pause.length)
 }
 
 fn parse(text: &str, file: Option<PathBuf>) -> Option<Pause> {
