@@ -5,6 +5,7 @@
 )]
 
 mod scan;
+mod socket;
 mod spawn;
 
 use std::fs::File;
@@ -14,6 +15,7 @@ use std::path::Path;
 pub(crate) use scan::{Region, Wanted, category, pagemap_scan, same_memory};
 #[cfg(feature = "net")]
 pub(crate) use spawn::own_session;
+pub(crate) use socket::{end_tcp_repair, is_in_tcp_repair};
 pub(crate) use spawn::pass_descriptors;
 
 /// A file of our own, mapped read-only.
