@@ -13,9 +13,9 @@ use std::io;
 use std::path::Path;
 
 pub(crate) use scan::{Region, Wanted, category, pagemap_scan, same_memory};
+pub(crate) use socket::{end_tcp_repair, is_in_tcp_repair};
 #[cfg(feature = "net")]
 pub(crate) use spawn::own_session;
-pub(crate) use socket::{end_tcp_repair, is_in_tcp_repair};
 pub(crate) use spawn::pass_descriptors;
 
 /// A file of our own, mapped read-only.
