@@ -15,13 +15,13 @@ const GONE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Processes that lose their parent come to this one from now on: what CRIU leaves behind can be
 /// found and killed, and restored trees stay where they can be reaped.
-pub(super) fn adopt() {
+pub(in crate::transfer) fn adopt() {
     // Fails on no kernel since 3.4.
     let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
 }
 
 /// Reaps restored processes when they end, on a thread of its own, for as long as this process lives.
-pub(super) fn reap() {
+pub(in crate::transfer) fn reap() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
         let started = std::thread::Builder::new()
@@ -49,6 +49,16 @@ fn reap_foreign() {
     }
 }
 
+/// Whether this process has ended, and its pid is not free yet. It is reaped where it is this
+/// process's to reap.
+pub(in crate::transfer) fn is_dead(pid: u32) -> bool {
+    let is_dead = || matches!(state_of(pid), Some('Z' | 'X'));
+    is_dead() && {
+        wait_for(pid);
+        is_dead()
+    }
+}
+
 fn wait_for(pid: u32) {
     if let Some(pid) = to_pid(pid) {
         let _ = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
@@ -58,7 +68,7 @@ fn wait_for(pid: u32) {
 /// Kills what is left of a copy with these pids, waits until it is gone and its pids are free; gives
 /// how many processes that were.
 #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
-pub(super) fn kill(tasks: &[u32]) -> usize {
+pub(in crate::transfer) fn kill(tasks: &[u32]) -> usize {
     let own = std::process::id();
     let mut left: Vec<u32> = tasks
         .iter()
