@@ -126,6 +126,7 @@ impl Ground {
         if let Some(watch) = &self.watch {
             watch.forget();
         }
+        self.clients.take_standstill();
         for side in [Side::A, Side::B] {
             let _ = fs::remove_file(self.directory(side, "earlier.log"));
         }
@@ -179,7 +180,8 @@ impl Ground {
         words.extend(Migration::hooks(&self.network));
         let withdraw = self.network.script("withdraw");
         words.push("--hook".to_owned());
-        words.push(format!("after-abort={}", withdraw.display()));
+        // Must work where there is nothing to withdraw.
+        words.push(format!("after-abort={} || true", withdraw.display()));
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let crxfer = Hold::applied(hold, &self.tested.crxfer);
         crxfer.await_migration(Place::On(host), &self.directory(side, "received"), &words)

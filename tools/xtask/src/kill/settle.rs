@@ -12,7 +12,7 @@ use super::ground::{Diary, Ground};
 use super::journals::{self, Keep};
 use super::moving::Moving;
 use super::plan::{Fault, Plan, Role, Until, Victim};
-use super::processes;
+use super::{processes, verdict};
 use crate::crxfer::Receiver;
 use crate::hosts::Side;
 
@@ -43,6 +43,7 @@ pub(super) fn come_to_rest(
     loop {
         let since = strike.at.elapsed();
         ground.remember_migrations();
+        withdraw_what_moved(ground, diary)?;
         if let Some(undo) = due(&mut strike, plan, ground, diary)? {
             undo.done(ground, &[moving.shell(), receiver.id()], diary)?;
         }
@@ -81,6 +82,22 @@ pub(super) fn come_to_rest(
         }
         thread::sleep(EVERY);
     }
+}
+
+/// The address leaves the source when its journal says that the workload has: the hook that does it
+/// may have died with `crxfer migrate`. Until then the guard keeps CRIU's lock.
+fn withdraw_what_moved(ground: &Ground, diary: &mut Diary) -> Result<()> {
+    let side = ground.side(Role::Source);
+    let journals = journals::all(ground, side);
+    let mut of_source = journals.iter().filter(|it| it.name.starts_with("source-"));
+    if of_source.any(|journal| journal.state == "over") && verdict::has_address(ground, side)? {
+        // Over is also what was kept.
+        if journals::was(ground, side, "moved") {
+            diary.note(format!("withdrawing the address from {side:?}"));
+            ground.network.withdraw(ground.network.host(side))?;
+        }
+    }
+    Ok(())
 }
 
 /// What is to be undone now. A line that is down for good is first left alone, then an operator

@@ -119,4 +119,13 @@ impl Fault {
     fn cuts(&self) -> bool {
         matches!(self, Self::Cut { .. } | Self::Gone { .. })
     }
+
+    /// How much longer than the limit a freeze may last that it comes within; `None`: any time.
+    pub(super) fn excuse(&self) -> Option<Duration> {
+        match self {
+            Self::Kill { .. } => Some(Duration::ZERO),
+            Self::Hang { ms, .. } | Self::Cut { ms, .. } => Some(Duration::from_millis(*ms)),
+            Self::Gone { .. } => None,
+        }
+    }
 }
