@@ -2,16 +2,13 @@
 
 use std::fs;
 use std::sync::Once;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::preflight::Stat;
-use rustix::process::{Pid, Signal, WaitOptions};
+use rustix::process::{Pid, WaitOptions};
 
 /// How often the dead are looked for.
 const EVERY: Duration = Duration::from_millis(200);
-
-/// Large memory takes a while to be given back.
-const GONE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Processes that lose their parent come to this one from now on: what CRIU leaves behind can be
 /// found and killed, and restored trees stay where they can be reaped.
@@ -49,61 +46,10 @@ fn reap_foreign() {
     }
 }
 
-/// Whether this process has ended, and its pid is not free yet. It is reaped where it is this
-/// process's to reap.
-pub(in crate::transfer) fn is_dead(pid: u32) -> bool {
-    let is_dead = || matches!(state_of(pid), Some('Z' | 'X'));
-    is_dead() && {
-        wait_for(pid);
-        is_dead()
-    }
-}
-
 fn wait_for(pid: u32) {
     if let Some(pid) = to_pid(pid) {
         let _ = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
     }
-}
-
-/// Kills what is left of a copy with these pids, waits until it is gone and its pids are free; gives
-/// how many processes that were.
-#[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
-pub(in crate::transfer) fn kill(tasks: &[u32]) -> usize {
-    let own = std::process::id();
-    let mut left: Vec<u32> = tasks
-        .iter()
-        .copied()
-        .filter(|&pid| pid != own && descends_from(pid, own))
-        .collect();
-    let count = left.len();
-    for pid in left.iter().filter_map(|&pid| to_pid(pid)) {
-        let _ = rustix::process::kill_process(pid, Signal::KILL);
-    }
-    // One whose parent is among them becomes a child of this process when that has gone.
-    let begun = Instant::now();
-    while begun.elapsed() < GONE_WITHIN {
-        left.iter().for_each(|&pid| wait_for(pid));
-        left.retain(|&pid| parent_of(pid).is_some());
-        if left.is_empty() {
-            return count;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    tracing::warn!("killed processes {left:?} do not go away");
-    count
-}
-
-fn descends_from(pid: u32, ancestor: u32) -> bool {
-    let mut at = pid;
-    // Deeper trees than this are not built from images.
-    for _ in 0..1024 {
-        match parent_of(at) {
-            Some(parent) if parent == ancestor => return true,
-            Some(parent) if parent > 1 => at = parent,
-            _ => return false,
-        }
-    }
-    false
 }
 
 fn children() -> Vec<u32> {
@@ -129,38 +75,6 @@ fn state_of(pid: u32) -> Option<char> {
     Some(Stat::of(pid)?.state)
 }
 
-fn parent_of(pid: u32) -> Option<u32> {
-    Some(Stat::of(pid)?.parent)
-}
-
 fn session_of(pid: u32) -> Option<u32> {
     Some(Stat::of(pid)?.session)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::process::{Command, Stdio};
-
-    use super::*;
-
-    #[test]
-    fn descent_is_followed_over_generations() {
-        let mut shell = Command::new("sh")
-            .args(["-c", "sleep 100 & echo $!; wait"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        let output = shell.stdout.take().unwrap();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(output), &mut line).unwrap();
-        let grandchild: u32 = line.trim().parse().unwrap();
-        let own = std::process::id();
-        assert!(descends_from(grandchild, own));
-        assert!(!descends_from(own, grandchild));
-        assert!(!descends_from(1, own));
-        let tasks = [grandchild, 1, own];
-        assert_eq!(kill(&tasks), 1);
-        let _ = shell.wait();
-        assert_eq!(parent_of(grandchild), None);
-    }
 }
