@@ -149,6 +149,20 @@ impl Ground {
         }
     }
 
+    /// Takes the service address from `side`; a hook or a guard may do it at the same moment.
+    pub(super) fn withdraw(&self, side: Side) {
+        let _ = self.network.withdraw(self.network.host(side));
+    }
+
+    /// Keeps the journals as they are now: they are removed when they are over.
+    pub(super) fn keep_journals(&self, log: &Path) {
+        for side in [Side::A, Side::B] {
+            for place in self.journals(side) {
+                super::leftovers::keep(&place, &log.join(format!("journals-of-{side:?}")));
+            }
+        }
+    }
+
     /// The host with that part in a migration that begins where the workload is.
     pub(super) fn side(&self, role: Role) -> Side {
         match role {

@@ -102,7 +102,8 @@ impl Known {
             at: Instant::now(),
             undo: None,
         });
-        let rest = settle::come_to_rest(ground, plan, &mut moving, &mut receiver, strike, diary);
+        let rest =
+            settle::come_to_rest(ground, plan, &mut moving, &mut receiver, strike, log, diary);
         let code = rest.map_err(|error| explained(error, ground))?;
         settle::recover(ground, diary).map_err(|error| explained(error, ground))?;
         let copy = verdict::only_copy(ground).map_err(|error| explained(error, ground))?;

@@ -2,6 +2,7 @@
 //! is unfinished.
 
 use std::fs;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,7 @@ pub(super) fn come_to_rest(
     moving: &mut Moving,
     receiver: &mut Receiver,
     mut strike: Strike,
+    log: &Path,
     diary: &mut Diary,
 ) -> Result<Option<i32>> {
     let source = ground.network.host(ground.side(Role::Source));
@@ -43,7 +45,10 @@ pub(super) fn come_to_rest(
     loop {
         let since = strike.at.elapsed();
         ground.remember_migrations();
-        withdraw_what_moved(ground, diary)?;
+        ground.keep_journals(log);
+        if moving.ended().is_some() {
+            withdraw_what_moved(ground, diary)?;
+        }
         if let Some(undo) = due(&mut strike, plan, ground, diary)? {
             undo.done(ground, &[moving.shell(), receiver.id()], diary)?;
         }
@@ -94,7 +99,7 @@ fn withdraw_what_moved(ground: &Ground, diary: &mut Diary) -> Result<()> {
         // Over is also what was kept.
         if journals::was(ground, side, "moved") {
             diary.note(format!("withdrawing the address from {side:?}"));
-            ground.network.withdraw(ground.network.host(side))?;
+            ground.withdraw(side);
         }
     }
     Ok(())

@@ -53,10 +53,9 @@ pub(super) fn lead_clients(
         ground.network.prepare(host)?;
         ground.network.announce(host)?;
     }
-    let other = ground.network.host(copy.other());
     if copy != ground.at && has_address(ground, copy.other())? {
         diary.note(format!("withdrawing the address from {:?}", copy.other()));
-        ground.network.withdraw(other)?;
+        ground.withdraw(copy.other());
     }
     let begin = Instant::now();
     loop {
