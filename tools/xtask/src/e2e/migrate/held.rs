@@ -319,6 +319,8 @@ fn decide(scene: &Scene<'_>) -> Result<String> {
     link(scene, "up")?;
     ensure_migrated(&migrating.wait()?, &receiver)?;
     scene.network().withdraw(&scene.network().hosts.a)?;
+    // Its hook said so while nobody could hear it.
+    scene.network().announce(&scene.network().hosts.b)?;
     scene.await_on_b()?;
     scene.ensure_tidy()?;
     Ok(run::last_lines(&said, 1))
