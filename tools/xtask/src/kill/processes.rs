@@ -62,7 +62,7 @@ impl Found {
     }
 
     fn is_crxfer(&self, verbs: &[&str]) -> bool {
-        self.program() == "crxfer"
+        self.program().starts_with("crxfer")
             && self
                 .words
                 .get(1)
