@@ -476,6 +476,9 @@ pub struct SourceAbout {
     pub fence: Option<Fence>,
     /// What to do where the destination cannot be reached.
     pub on_partition: super::OnPartition,
+    /// How long it holds first, in milliseconds from the commit.
+    #[serde(default)]
+    pub partition_wait_ms: u64,
     /// Addresses that the workload's sockets are bound to: the network lock goes when they have.
     pub bound: Vec<std::net::IpAddr>,
 }

@@ -12,6 +12,8 @@ use std::io;
 use std::path::Path;
 
 pub(crate) use scan::{Region, Wanted, category, pagemap_scan, same_memory};
+#[cfg(feature = "net")]
+pub(crate) use spawn::own_session;
 pub(crate) use spawn::pass_descriptors;
 
 /// A file of our own, mapped read-only.

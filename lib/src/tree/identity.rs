@@ -1,5 +1,9 @@
 //! Processes that are told from others with the same pids.
 
+use std::io;
+
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use crate::preflight::Stat;
@@ -32,7 +36,8 @@ impl Process {
     /// The process that has this pid now; `None` where there is none, or it is a zombie.
     pub fn of(pid: u32) -> Option<Self> {
         let stat = Stat::of(pid)?;
-        (!matches!(stat.state, 'Z' | 'X')).then_some(Self {
+        let dead = matches!(stat.state, 'Z' | 'X') && !has_threads(pid);
+        (!dead).then_some(Self {
             pid,
             started: stat.started,
         })
@@ -42,6 +47,34 @@ impl Process {
     pub fn is_there(&self) -> bool {
         Self::of(self.pid) == Some(*self)
     }
+
+    /// Sends SIGKILL to this process and to none that got its pid since; false where it is gone.
+    pub fn kill(&self) -> io::Result<bool> {
+        self.signal(Signal::KILL)
+    }
+
+    pub(super) fn signal(&self, signal: Signal) -> io::Result<bool> {
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else {
+            return Ok(false);
+        };
+        // From here on the descriptor names one process, and the start time says which.
+        let sent = pidfd_open(pid, PidfdFlags::empty()).and_then(|process| {
+            if !self.is_there() {
+                return Err(Errno::SRCH);
+            }
+            pidfd_send_signal(&process, signal)
+        });
+        match sent {
+            Ok(()) => Ok(true),
+            Err(Errno::SRCH) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+// A process whose first thread has ended looks like a zombie while the others run.
+fn has_threads(pid: u32) -> bool {
+    std::fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
 }
 
 impl Tree {
@@ -60,5 +93,42 @@ impl Tree {
         }
         let there = self.processes.iter().filter(|process| process.is_there());
         there.copied().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_process_is_not_taken_for_one_that_had_its_pid() {
+        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+        let now = Process::of(child.id()).unwrap();
+        let before = Process {
+            started: now.started - 1,
+            ..now
+        };
+        assert!(!before.kill().unwrap());
+        assert!(now.is_there());
+        let mut tree = Tree::of([child.id()]);
+        assert_eq!(tree.left(), [now]);
+        tree.boot = "another boot".to_owned();
+        assert!(tree.left().is_empty());
+        assert!(now.kill().unwrap());
+        child.wait().unwrap();
+        assert!(!now.kill().unwrap());
+        assert!(!now.is_there());
+    }
+
+    #[test]
+    fn zombies_have_gone() {
+        let mut child = Command::new("true").spawn().unwrap();
+        let gone = super::super::within(std::time::Duration::from_secs(5), || {
+            Process::of(child.id()).is_none()
+        });
+        child.wait().unwrap();
+        assert!(gone);
     }
 }

@@ -5,11 +5,36 @@
 //! - [`heal`] undoes what a CRIU that was killed left in a tree: sockets in repair mode, a network lock.
 //! - [`copy`] finds out whether a restored tree runs, and removes what a restore left.
 
+mod cgroup;
 pub mod copy;
 pub mod fence;
 pub mod heal;
 mod identity;
 
+use std::time::{Duration, Instant};
+
+pub use cgroup::Freezer;
 pub use fence::{Fence, FenceError};
 pub use heal::Healed;
 pub use identity::{Process, Tree, boot_id};
+
+/// Waits until `condition` holds; false where that takes longer than `limit`.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a driver: it waits for the kernel and other processes"
+)]
+fn within(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let begun = Instant::now();
+    // What is waited for mostly takes less than a millisecond, and is part of a downtime.
+    let mut pause = Duration::from_micros(50);
+    loop {
+        if condition() {
+            return true;
+        }
+        if begun.elapsed() >= limit {
+            return false;
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
+    }
+}

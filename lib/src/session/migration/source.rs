@@ -276,6 +276,12 @@ impl MigrationSource {
         }
     }
 
+    /// Whether [`commit`](Self::commit) would be said now: not where the session was given up, or the
+    /// freeze limit has passed. Ask before the commit is recorded.
+    pub fn may_commit(&self, now: Instant) -> bool {
+        self.state == State::Built && !self.is_frozen_too_long(now)
+    }
+
     /// The destination may let its copy go. The source's tree must stay frozen from now on until
     /// [`MigrationSourceCommand::Running`].
     ///
@@ -283,7 +289,7 @@ impl MigrationSource {
     /// be it that nobody has noticed yet.
     #[must_use]
     pub fn commit(&mut self, now: Instant) -> bool {
-        if self.state != State::Built || self.is_frozen_too_long(now) {
+        if !self.may_commit(now) {
             return false;
         }
         self.state = State::Committed;

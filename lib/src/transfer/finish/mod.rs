@@ -8,10 +8,12 @@ use crate::handover::JournalError;
 use crate::transport;
 
 mod destination;
+mod meet;
 mod source;
+pub(super) mod tree;
 
 pub use destination::{DestinationOutcome, finish_destination};
-pub use source::{SourceOutcome, finish_source};
+pub use source::{SourceOutcome, clear_source, finish_source};
 
 /// How to finish.
 #[derive(Clone, Debug)]
@@ -43,4 +45,24 @@ pub enum FinishError {
     /// The other host, or CRIU.
     #[error(transparent)]
     Transfer(#[from] super::TransferError),
+}
+
+/// A journal's header for tests.
+#[cfg(test)]
+fn sample_about() -> crate::handover::journal::SourceAbout {
+    crate::handover::journal::SourceAbout {
+        name: "sample".to_owned(),
+        tree: crate::tree::Tree::of([]),
+        addresses: Vec::new(),
+        peer: String::new(),
+        identity: PathBuf::new(),
+        work: PathBuf::from("/nonexistent/work"),
+        run_id: None,
+        foreign_tables: Vec::new(),
+        criu: None,
+        fence: None,
+        on_partition: crate::handover::OnPartition::Hold,
+        partition_wait_ms: 0,
+        bound: Vec::new(),
+    }
 }

@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use crate::criu::CriuError;
+use crate::handover::JournalError;
 use crate::hooks::HookError;
 use crate::image::ImageError;
 use crate::live::LiveError;
@@ -9,7 +10,9 @@ use crate::preflight::{Outcome, PreflightError};
 use crate::session::SessionError;
 use crate::session::migration::Owner;
 use crate::transfer::TransferError;
+use crate::transfer::migrate::record::FencingError;
 use crate::transfer::migrate::report::HostCheck;
+use crate::tree::FenceError;
 
 /// Why a migration did not come about.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +55,12 @@ pub enum MigrateError {
     /// The operator stopped it.
     #[error("stopped")]
     Stopped,
+    /// The records that keep the workload safe cannot be written, or say something else by now.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The tree could not be held apart from CRIU.
+    #[error("the workload could not be fenced: {0}")]
+    Fence(#[from] FenceError),
     /// A directory for the dump.
     #[error("cannot use {} for the dump: {source}", path.display())]
     Work {
@@ -65,6 +74,15 @@ pub enum MigrateError {
 impl From<SessionError> for MigrateError {
     fn from(error: SessionError) -> Self {
         Self::Transfer(error.into())
+    }
+}
+
+impl From<FencingError> for MigrateError {
+    fn from(error: FencingError) -> Self {
+        match error {
+            FencingError::Journal(error) => error.into(),
+            FencingError::Fence(error) => error.into(),
+        }
     }
 }
 
@@ -114,10 +132,10 @@ impl MigrateFailure {
                 "the workload runs on here; the destination has removed what came"
             }
             (Owner::Source, false, false) => {
-                "the workload runs on here; the destination removes what came when it notices that this side is gone"
+                "the workload runs on here; the destination could not be told, and removes what came when it is: crxfer recover does that, too"
             }
             (Owner::InDoubt, ..) => {
-                "the destination was told to go on and has not answered: look there before anything is started again"
+                "the destination was told to go on and has not answered: the workload is held frozen here until both meet again; crxfer recover says more, and takes a decision"
             }
             (Owner::Destination, ..) => "the workload runs at the destination",
         }

@@ -13,11 +13,14 @@ use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc as blocking;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc as blocking};
 
 use bytes::Bytes;
 
+use super::MigrateError;
 use super::iterate::Parent;
+use super::record::Records;
 use super::stream::RecordStream;
 use crate::criu::page_client::{self, PageSink, SinkError};
 use crate::criu::page_server::Batch;
@@ -26,6 +29,7 @@ use crate::delta::{Compared, FileMeta, FileName, Outgoing, Record};
 use crate::image::{DumpStats, Inventory, PageFlags, PageRun, PagemapName};
 use crate::page::PageSize;
 use crate::transfer::clock::Clock;
+use crate::transfer::pause;
 
 /// What happens during the freeze, in order.
 #[derive(Debug)]
@@ -43,7 +47,7 @@ pub(super) enum Moment {
     /// All images are written; the tree stays frozen until [`Frozen::end`].
     Held { at_ns: u64 },
     /// CRIU has ended: the tree is gone, or runs on.
-    Ended { result: Result<(), CriuError> },
+    Ended { result: Result<(), MigrateError> },
 }
 
 /// Makes the directory `parent/name`, mode 0700; `parent`, too, where it is missing.
@@ -117,6 +121,7 @@ impl Drop for DumpPlace {
 pub(super) struct Frozen {
     verdict: blocking::Sender<Verdict>,
     canceller: Canceller,
+    given_away: Arc<AtomicBool>,
 }
 
 impl Frozen {
@@ -128,12 +133,27 @@ impl Frozen {
         // Fails where the dump has ended already.
         let _ = self.verdict.send(verdict);
     }
+
+    /// From now on the tree is not to run again by this being dropped: it is held by its fence.
+    pub(super) fn give_away(&self, is_given: bool) {
+        self.given_away.store(is_given, Ordering::Release);
+    }
+
+    /// Kills CRIU, which does not do what it is told.
+    pub(super) fn kill_criu(&self) {
+        self.canceller.kill();
+    }
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        // Whatever ends the migration early must not leave the tree frozen.
-        self.end(Verdict::Refuse);
+        if self.given_away.load(Ordering::Acquire) {
+            // CRIU would let it run. The fence holds it, and whoever reads the journal goes on.
+            self.canceller.kill();
+        } else {
+            // Whatever ends the migration early must not leave the tree frozen.
+            self.end(Verdict::Refuse);
+        }
     }
 }
 
@@ -180,6 +200,8 @@ pub(super) struct Job {
     pub(super) work: PathBuf,
     /// The pre-dump that this one builds on.
     pub(super) parent: Option<Parent>,
+    /// Where it is recorded that the tree is frozen, before it is.
+    pub(super) record: Option<Arc<Records>>,
 }
 
 /// Freezes and dumps. Returns at once; `tell` hears of everything that follows, from both threads.
@@ -196,6 +218,7 @@ pub(super) fn freeze(
     let frozen = Frozen {
         verdict,
         canceller: worker.canceller(),
+        given_away: Arc::default(),
     };
     let (page, number) = (job.page, job.number);
     let comparer = Comparer {
@@ -233,7 +256,8 @@ fn dump(
     clock: Clock,
     tell: &impl Fn(Moment),
 ) {
-    let run = |worker: &mut Worker| {
+    let mut unrecorded = None;
+    let mut run = |worker: &mut Worker| {
         let open = |path: &Path| {
             File::open(path).map_err(|source| CriuError::Io {
                 pid: worker.pid(),
@@ -251,6 +275,12 @@ fn dump(
         }
         worker.dump(&options, &mut |stage, _| match stage {
             Stage::PreDump => {
+                let record = job.record.as_ref();
+                if let Some(Err(error)) = record.map(|record| record.freezing(job.pid)) {
+                    unrecorded = Some(error);
+                    return Verdict::Refuse;
+                }
+                pause::at("freezing");
                 tell(Moment::Freezing {
                     at_ns: clock.now_ns(),
                 });
@@ -267,6 +297,10 @@ fn dump(
         })
     };
     let result = run(&mut worker).map(drop);
+    let result = match unrecorded {
+        Some(error) => Err(error.into()),
+        None => result.map_err(MigrateError::from),
+    };
     tell(Moment::Ended { result });
 }
 

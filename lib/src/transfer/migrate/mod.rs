@@ -4,6 +4,7 @@ mod driver;
 mod error;
 mod freeze;
 mod iterate;
+mod record;
 mod report;
 mod stream;
 
@@ -14,8 +15,10 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::guard::GuardProgram;
 use super::send::Target;
 use crate::criu::CriuOptions;
+use crate::handover::OnPartition;
 use crate::hooks::Hooks;
 use crate::precopy::{Goals, Prediction};
 use crate::transport::{self, Identity};
@@ -58,6 +61,16 @@ pub struct MigrateOptions {
     pub read_bytes_per_s: Option<u64>,
     /// Where the images of the final dump are made, without its memory: best on a tmpfs.
     pub work: PathBuf,
+    /// Where the journal of the migration is kept, by which it is ended well whatever dies. On a tmpfs
+    /// it costs no time.
+    pub state: PathBuf,
+    /// What is started beside the migration to go on where this process dies. Without it
+    /// [`finish_source`](super::finish::finish_source) must be called for what is left in `state`.
+    pub guard: Option<GuardProgram>,
+    /// What to do where the destination has been told to go on and cannot be reached any more.
+    pub on_partition: OnPartition,
+    /// How long to try before `on_partition`, unless that is [`OnPartition::Hold`].
+    pub partition_wait: Duration,
     /// Settings of the connection.
     pub transport: transport::Options,
     /// Becomes true to stop: until the commit the workload then runs on here.

@@ -5,39 +5,40 @@ use std::time::{Duration, Instant};
 
 use tokio::task::spawn_blocking;
 
-use super::{Command, Driver, Event, RESUME_TIME, since};
-use crate::criu::{CriuError, Verdict};
+use super::{Command, Driver, Event, since};
+use crate::criu::CriuError;
 use crate::hooks;
 use crate::precopy::Measured;
 use crate::session::SessionError;
 use crate::session::migration::Owner;
 use crate::transfer::TransferError;
-use crate::transfer::migrate::freeze::Moment;
+use crate::transfer::finish::SourceOutcome;
 use crate::transfer::migrate::report::{Host, MigrationReport, Outcome, PhaseReport};
 use crate::transfer::migrate::{MigrateError, MigrateEvent, MigrateFailure};
+use crate::transport::CloseCode;
 
 /// How long the destination may take to say that nothing is left there.
 const ABORT_TIME: Duration = Duration::from_secs(10);
 
-/// Between looks at something that cannot be waited for.
-const SHORTLY: Duration = Duration::from_millis(10);
-
 impl Driver<'_> {
     /// Ends the migration early, with the workload where it belongs.
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
-    pub(super) async fn give_up(&mut self, error: MigrateError) -> MigrateFailure {
+    ///
+    /// Succeeds where it was in doubt, and the workload then runs at the destination.
+    pub(super) async fn give_up(&mut self, error: MigrateError) -> Result<(), MigrateFailure> {
         self.may_stop = false;
         // Nothing is expected of an iteration any more.
         self.iterating = None;
         if self.session.owner() == Owner::InDoubt {
-            self.hold(&error).await;
+            return self.end_doubt(error).await;
         }
         let owner = self.session.owner();
-        self.let_run().await;
         let reason = match &error {
             MigrateError::Stopped => "the source's operator stopped it".to_owned(),
             error => error.to_string(),
         };
+        self.let_run(&reason).await;
+        let until = tokio::time::Instant::now() + ABORT_TIME;
         let told = match &error {
             MigrateError::Transfer(TransferError::Session(SessionError::Peer(_))) => {
                 self.session.given_up()
@@ -50,58 +51,67 @@ impl Driver<'_> {
                 // The tree runs again, or was never frozen.
                 other => Continue(other),
             });
-            matches!(tokio::time::timeout(ABORT_TIME, aborted).await, Ok(Ok(())))
+            matches!(tokio::time::timeout_at(until, aborted).await, Ok(Ok(())))
         };
         if self.touched && owner == Owner::Source {
-            let mut environment = self.environment();
-            environment.reason = Some(reason);
-            let hooks = self.options.hooks.clone();
-            let running =
-                spawn_blocking(move || hooks.run(hooks::Moment::AfterAbort, &environment));
-            if let Ok(Err(error)) = running.await {
-                self.emit(MigrateEvent::Warning(error.to_string()));
-            }
+            self.aborted(reason).await;
         }
+        let is_clean = is_clean || {
+            // Whatever comes on the old connection now is not waited for.
+            self.connection.close(CloseCode::Cancelled, "");
+            let left = until.saturating_duration_since(tokio::time::Instant::now());
+            self.meet_to_abort(left).await
+        };
+        self.close_record(is_clean).await;
         if let (MigrateError::Criu(CriuError::Failed(_)), Some(place)) = (&error, &mut self.place) {
             place.keep_logs();
         }
-        MigrateFailure {
+        Err(MigrateFailure {
             error,
             owner,
             untouched: !self.touched,
             destination_is_clean: is_clean || !self.touched,
+        })
+    }
+
+    async fn aborted(&mut self, reason: String) {
+        let mut environment = self.environment();
+        environment.reason = Some(reason);
+        let hooks = self.options.hooks.clone();
+        let running = spawn_blocking(move || hooks.run(hooks::Moment::AfterAbort, &environment));
+        if let Ok(Err(error)) = running.await {
+            self.emit(MigrateEvent::Warning(error.to_string()));
         }
     }
 
-    // Nobody knows whether the copy runs: the tree stays frozen until the operator decides.
-    pub(super) async fn hold(&mut self, error: &MigrateError) {
-        self.emit(MigrateEvent::InDoubt(error.to_string()));
-        let mut stop = self.options.stop.clone();
-        // An operator who asked before the doubt did not know of it.
-        stop.mark_unchanged();
-        if stop.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-
-    /// Ends a freeze, and waits until CRIU has let the tree go.
-    pub(super) async fn let_run(&mut self) {
-        let Some(frozen) = self.frozen.take() else {
-            return;
+    // Nobody knows whether the copy runs: the tree stays frozen until somebody does.
+    async fn end_doubt(&mut self, error: MigrateError) -> Result<(), MigrateFailure> {
+        let failed = |error, owner, destination_is_clean| MigrateFailure {
+            error,
+            owner,
+            untouched: false,
+            destination_is_clean,
         };
-        frozen.end(Verdict::Refuse);
-        let ended = async {
-            loop {
-                match self.moment().await {
-                    Ok(Moment::Ended { .. }) => return,
-                    Ok(_) => {}
-                    // Of the session, which is over: it may say so again and again.
-                    Err(_) => tokio::time::sleep(SHORTLY).await,
+        match self.settle(&error).await {
+            Some(SourceOutcome::Moved { pid, notes }) => {
+                self.moved_late(pid, notes);
+                if let Err(error) = self.after_commit().await {
+                    self.report.notes.push(error.to_string());
                 }
+                let note = self.close_record(true).await;
+                self.report.notes.extend(note);
+                Ok(())
             }
-        };
-        if tokio::time::timeout(RESUME_TIME, ended).await.is_err() {
-            tracing::warn!("CRIU does not end; look whether the workload runs");
+            Some(SourceOutcome::Kept { told, notes }) => {
+                for note in notes {
+                    self.emit(MigrateEvent::Warning(note));
+                }
+                self.aborted(error.to_string()).await;
+                self.close_record(told).await;
+                Err(failed(error, Owner::Source, told))
+            }
+            // The guard goes on when this ends.
+            _ => Err(failed(error, Owner::InDoubt, false)),
         }
     }
 
@@ -113,7 +123,8 @@ impl Driver<'_> {
         report.wire_bytes = self.connection.wire_bytes();
         report.phases = std::mem::take(&mut self.phases);
         report.total = self.clock.elapsed();
-        if let Some(offset) = clock.filter(|_| report.outcome == Outcome::Migrated) {
+        let is_timed = report.outcome == Outcome::Migrated && self.resumed_ns > 0;
+        if let Some(offset) = clock.filter(|_| is_timed) {
             let here = |ns| since(offset.to_source(ns), begun);
             report
                 .phases

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::{Command, Driver, Event, Input, ended};
+use super::{Command, CriuEnd, Driver, Event, Input, ended};
 use crate::precopy::{Decision, Iteration};
 use crate::session::SessionError;
 use crate::transfer::migrate::freeze::Moment;
@@ -118,6 +118,9 @@ impl Driver<'_> {
             Input::Message(message) => Ok(self.session.handle_message(Instant::now(), message)?),
             Input::Ended(error) => Err(error.into()),
             Input::Freeze(moment) => {
+                if let Moment::Ended { result } = &moment {
+                    self.criu_end = Some(CriuEnd::of(result));
+                }
                 self.events.push_back(Event::Freeze(moment));
                 Ok(())
             }

@@ -5,14 +5,21 @@ use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::{Command, Driver, Event, Input, RESUME_TIME, ended};
-use crate::criu::{CriuError, Verdict, network_lock};
+use super::{Command, Driver, Event, Input, ended};
+use crate::criu::{CriuError, Verdict};
 use crate::delta::{Compared, Outgoing};
+use crate::handover::SourceState;
 use crate::hooks;
-use crate::transfer::costs;
 use crate::transfer::migrate::freeze::{self, DumpPlace, Job, Moment, Prepared};
 use crate::transfer::migrate::report::Outcome;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
+use crate::transfer::{costs, pause};
+
+/// How long CRIU may take to say why it failed. The tree stands still meanwhile.
+const SAY_TIME: Duration = Duration::from_millis(500);
+
+/// How long CRIU may take to end when its tree is dead.
+const END_TIME: Duration = Duration::from_secs(3);
 
 impl Driver<'_> {
     /// From here on the tree stands still.
@@ -37,6 +44,7 @@ impl Driver<'_> {
             images: place.images(),
             work: place.root().to_owned(),
             parent: self.parent.take(),
+            record: self.record.clone(),
         };
         self.place = Some(place);
         self.until(|event| match event {
@@ -50,6 +58,7 @@ impl Driver<'_> {
         let tell = move |moment| {
             let _ = input.send(Input::Freeze(moment));
         };
+        self.criu_is(prepared.worker.pid())?;
         self.session.frozen(Instant::now());
         self.emit(MigrateEvent::Freezing);
         let frozen = freeze::freeze(job, prepared, outgoing, stream, self.clock, tell);
@@ -110,15 +119,15 @@ impl Driver<'_> {
 
     // The memory stream broke: CRIU knows why, or it does not.
     pub(super) async fn criu_error(&mut self, memory: String) -> MigrateError {
-        if let Some(frozen) = self.frozen.take() {
+        if let Some(frozen) = &self.frozen {
             frozen.end(Verdict::Refuse);
         }
         loop {
-            match tokio::time::timeout(RESUME_TIME, self.moment()).await {
+            match tokio::time::timeout(SAY_TIME, self.moment()).await {
                 Ok(Ok(Moment::Ended {
-                    result: Err(error @ CriuError::Failed(_)),
+                    result: Err(error @ MigrateError::Criu(CriuError::Failed(_))),
                     ..
-                })) => return error.into(),
+                })) => return error,
                 Ok(Ok(Moment::Ended { .. })) | Err(_) => return MigrateError::Memory(memory),
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => return error,
@@ -127,7 +136,9 @@ impl Driver<'_> {
     }
 
     pub(super) async fn hand_over(&mut self, mut outgoing: Outgoing) -> Result<(), MigrateError> {
+        pause::at_point("held").await;
         let begun = self.clock.now_ns();
+        self.begin_fencing();
         let images = self.place.as_ref().expect("made before").images();
         let stream = self.stream.clone().expect("opened before");
         let (page, number) = (self.page, self.session.iteration());
@@ -152,6 +163,7 @@ impl Driver<'_> {
         self.phase("wait for the copy", sent_at, built);
         self.emit(MigrateEvent::Built);
         self.hook(hooks::Moment::BeforeSourceKill).await?;
+        self.fenced().await?;
         self.commit().await?;
         self.phase("commit", built, self.clock.now_ns());
         self.end_source().await;
@@ -165,11 +177,19 @@ impl Driver<'_> {
             return Err(MigrateError::Stopped);
         }
         self.may_stop = false;
+        pause::at_point("before-commit-record").await;
+        self.put_criu_to_sleep();
+        if self.session.may_commit(Instant::now()) {
+            self.advance(SourceState::Committed, "")?;
+            pause::at_point("committed").await;
+        }
         if !self.session.commit(Instant::now()) {
-            // The freeze limit has passed, or the session is over.
+            // The freeze limit has passed, or the session is over: nothing was sent.
             self.session.handle_timeout(Instant::now())?;
             return Err(MigrateError::Stopped);
         }
+        self.flush();
+        pause::at_point("commit-sent").await;
         let running = self.until(|event| match event {
             Event::Session(Command::Running {
                 pid,
@@ -191,80 +211,40 @@ impl Driver<'_> {
     // The workload runs at the destination: whatever fails now is only reported.
     pub(super) async fn end_source(&mut self) {
         let begun = self.clock.now_ns();
+        if let Err(error) = self.advance(SourceState::Moved, "") {
+            self.report.notes.push(error.to_string());
+        }
+        pause::at_point("moved").await;
+        // Not CRIU: a tree that is frozen by the kernel would make it wait.
+        let left = self.kill_tree().await;
+        pause::at_point("killed").await;
         if let Some(frozen) = &self.frozen {
+            // Where the tree stays held it must not be let go either.
+            frozen.give_away(left.is_some());
             frozen.end(Verdict::GoOn);
         }
-        let ended = tokio::time::timeout(RESUME_TIME, async {
-            loop {
-                match self.moment().await {
-                    Ok(Moment::Ended { result }) => {
-                        return result.err().map(|it| it.to_string());
-                    }
-                    Ok(_) => {}
-                    Err(error) => return Some(error.to_string()),
-                }
-            }
-        });
-        let problem = match ended.await {
-            Ok(problem) => problem,
-            Err(_) => Some("CRIU does not end".to_owned()),
-        };
-        self.kill_what_is_left(problem).await;
+        self.wake_criu();
+        let problem = self.end_criu(END_TIME).await;
+        self.report.notes.extend(left.clone());
+        if let Some(problem) = problem {
+            tracing::warn!("{problem}");
+        }
         self.phase("end the source's tree", begun, self.clock.now_ns());
         // One that builds on a pre-dump says nothing about others.
         if !self.is_chained {
             costs::learn_dump(self.survey.facts.tree.memory_bytes, self.dump_took);
         }
         self.report.criu_stats = self.place.as_ref().and_then(DumpPlace::stats);
-        if let Err(error) = self.hook(hooks::Moment::AfterCommit).await {
+        if let Err(error) = self.after_commit().await {
             self.report.notes.push(error.to_string());
         }
-        self.remove_lock().await;
+        // The images are gone when the journal is.
+        self.place = None;
+        let note = self.close_record(left.is_none()).await;
+        self.report.notes.extend(note);
     }
 
-    // CRIU leaves its rules, which keep the kernel from resetting connections that have moved. They
-    // may go when the addresses have.
-    async fn remove_lock(&mut self) {
-        let tree = &self.survey.facts.tree;
-        let run_id = self.place.as_ref().and_then(DumpPlace::run_id);
-        let (Some(run_id), false) = (run_id, tree.own_net_namespace) else {
-            return;
-        };
-        let is_here = |address: &std::net::IpAddr| std::net::UdpSocket::bind((*address, 0)).is_ok();
-        let connections = tree.connections;
-        if connections > 0 && self.environment().addresses.iter().any(is_here) {
-            if let Ok(table) = network_lock::nftables_table(&run_id) {
-                self.report.notes.push(format!(
-                    "CRIU's network lock stays until the address has moved; then: nft delete table inet {table}"
-                ));
-            }
-            return;
-        }
-        let removing = spawn_blocking(move || network_lock::remove_nftables_lock(&run_id));
-        if let Ok(Err(error)) = removing.await
-            && connections > 0
-        {
-            self.report.notes.push(error.to_string());
-        }
-    }
-
-    // CRIU kills the tree when it ends well. Where it did not, the tree must not run on beside its copy.
-    pub(super) async fn kill_what_is_left(&mut self, problem: Option<String>) {
-        let Some(problem) = problem else { return };
-        let pids: Vec<u32> = self.survey.processes.iter().map(|it| it.pid).collect();
-        let killing = spawn_blocking(move || {
-            for pid in pids {
-                let pid = i32::try_from(pid)
-                    .ok()
-                    .and_then(rustix::process::Pid::from_raw);
-                if let Some(pid) = pid {
-                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-                }
-            }
-        });
-        let _ = killing.await;
-        self.report.notes.push(format!(
-            "CRIU did not end the tree here ({problem}); crxfer killed it"
-        ));
+    pub(super) async fn after_commit(&mut self) -> Result<(), MigrateError> {
+        self.hook(hooks::Moment::AfterCommit).await
     }
 }

@@ -7,6 +7,7 @@ mod ending;
 mod events;
 mod hand_over;
 mod precopy;
+mod safety;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow::{Break, Continue};
@@ -17,12 +18,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
+use self::safety::CriuEnd;
 use super::freeze::{self, DumpPlace, Frozen, Moment};
 use super::iterate::Parent;
+use super::record::{FencingError, Records};
 use super::report::{Host, HostCheck, MigrationReport, Outcome, PhaseReport, may_begin};
 use super::stream::RecordStream;
 use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions};
-use crate::criu::{CriuError, CriuOptions};
+use crate::criu::CriuOptions;
 use crate::hooks;
 use crate::page::PageSize;
 use crate::precopy::{Costs, Goals, Policy};
@@ -33,19 +36,18 @@ use crate::session::migration::{
 use crate::transfer::TransferError;
 use crate::transfer::clock::Clock;
 use crate::transfer::costs;
+use crate::transfer::guard::Guard;
 use crate::transfer::send::{EndOnDrop, connect, source_config};
 use crate::transport::{CloseCode, Connection, ControlSender};
 use crate::wire::{Message, MigrationId, Offer, Phase, RestoreOptions};
-
-/// How long CRIU may take to let the tree run again.
-const RESUME_TIME: Duration = Duration::from_secs(10);
 
 /// Moves a running process tree to the destination, and returns when it runs there.
 ///
 /// Must be called inside a tokio runtime. On a failure the tree runs on here, unless
 /// [`MigrateFailure::owner`] says otherwise. Do not drop the future: use
-/// [`MigrateOptions::stop`], so that the destination is cleaned up (a dropped future resumes the tree, too, where
-/// it was frozen).
+/// [`MigrateOptions::stop`], so that the destination is cleaned up. A dropped future resumes a frozen tree, too;
+/// after the commit it leaves it held, for whoever reads the journal: the guard, or
+/// [`finish_source`](crate::transfer::finish::finish_source).
 pub async fn migrate(options: MigrateOptions) -> Result<MigrationReport, MigrateFailure> {
     let clock = Clock::start();
     let untouched = |error: MigrateError| MigrateFailure {
@@ -86,7 +88,15 @@ pub async fn migrate(options: MigrateOptions) -> Result<MigrationReport, Migrate
             Ok(report)
         }
         Err(error) => {
-            let failure = driver.give_up(error).await;
+            let failure = match driver.give_up(error).await {
+                // In doubt for a while, and moved after all.
+                Ok(()) => {
+                    let report = driver.report();
+                    connection.close_and_tell(CloseCode::Done, "").await;
+                    return Ok(report);
+                }
+                Err(failure) => failure,
+            };
             let code = match &failure.error {
                 MigrateError::Transfer(error) => error.close_code(),
                 MigrateError::Stopped => CloseCode::Cancelled,
@@ -187,6 +197,10 @@ struct Driver<'a> {
     iterating: Option<Begun>,
     stream: Option<RecordStream>,
     frozen: Option<Frozen>,
+    criu_end: Option<CriuEnd>,
+    record: Option<Arc<Records>>,
+    guard: Option<Guard>,
+    fencing: Option<JoinHandle<Result<(), FencingError>>>,
     place: Option<DumpPlace>,
     // Of the final dump; and whether there is one.
     parent: Option<Parent>,
@@ -283,6 +297,10 @@ impl<'a> Driver<'a> {
             iterating: None,
             stream: None,
             frozen: None,
+            criu_end: None,
+            record: None,
+            guard: None,
+            fencing: None,
             place: None,
             parent: None,
             is_chained: false,
@@ -300,6 +318,7 @@ impl<'a> Driver<'a> {
         if !self.offer().await? {
             return Ok(());
         }
+        self.record().await?;
         self.touched = true;
         self.hook(hooks::Moment::BeforeFirstIteration).await?;
         let program = self.options.program.clone();
@@ -393,9 +412,9 @@ impl<'a> Driver<'a> {
     }
 }
 
-fn ended(result: Result<(), CriuError>) -> MigrateError {
+fn ended(result: Result<(), MigrateError>) -> MigrateError {
     match result {
-        Err(error) => error.into(),
+        Err(error) => error,
         Ok(()) => MigrateError::Memory("CRIU ended before it was told to".to_owned()),
     }
 }

@@ -15,7 +15,7 @@ use crate::transfer::migrate::iterate::{self, PrecopySource, Scanned, Setup};
 use crate::transfer::migrate::report::IterationReport;
 use crate::transfer::migrate::stream::RecordStream;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
-use crate::transfer::{TransferError, costs};
+use crate::transfer::{TransferError, costs, pause};
 
 /// The parts that read and compare, which move from thread to thread.
 pub(super) struct Reading {
@@ -103,6 +103,7 @@ impl Driver<'_> {
             busy_before: stream.written().busy(),
             counted: counted.clone(),
         });
+        pause::at_point("iterating").await;
         stream.stop(false);
         let (page, to) = (self.page, stream.clone());
         let scanning = spawn_blocking(move || {

@@ -1,0 +1,251 @@
+//! What a finished migration does with the tree on the source: let it run, or end it. All of it may be
+//! repeated after a death at any place, and blocks.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::criu::network_lock;
+use crate::handover::journal::SourceAbout;
+use crate::preflight::Stat;
+use crate::tree::{self, Process, boot_id};
+
+/// How long a CRIU that has lost its caller may take to let the tree go by itself. It does that more
+/// thoroughly than anybody else, but the tree waits.
+const CRIU_TIME: Duration = Duration::from_millis(500);
+
+/// How long the kernel may take to end a process that was killed, or to let one run.
+const KERNEL_TIME: Duration = Duration::from_secs(2);
+
+/// How long a large tree may take to die.
+const END_TIME: Duration = Duration::from_secs(10);
+
+const STEP: Duration = Duration::from_millis(5);
+
+/// Sends a signal to that process, and to no other that has its pid by now. False where it is gone.
+pub(in crate::transfer) fn signal(process: Process, signal: Signal) -> bool {
+    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
+    let Some(handle) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
+        return false;
+    };
+    // Looked at when the handle is there: it names the same process for good.
+    process.is_there() && pidfd_send_signal(&handle, signal).is_ok()
+}
+
+/// Waits until none of them is there any more; gives those that are.
+pub(in crate::transfer) fn await_gone(processes: &[Process], longest: Duration) -> Vec<Process> {
+    let mut left = processes.to_vec();
+    poll(longest, || {
+        left.retain(Process::is_there);
+        left.is_empty()
+    });
+    left
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a driver: it waits for other processes"
+)]
+fn poll(longest: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let until = Instant::now() + longest;
+    loop {
+        if done() {
+            return true;
+        }
+        if Instant::now() >= until {
+            return false;
+        }
+        std::thread::sleep(STEP);
+    }
+}
+
+/// Ends a CRIU that still has the tree.
+fn end_criu(about: &SourceAbout, may_finish: bool) -> Result<(), String> {
+    let Some(criu) = about.criu.filter(|_| about.tree.boot == boot_id()) else {
+        return Ok(());
+    };
+    if may_finish {
+        // A driver that committed has stopped it.
+        signal(criu, Signal::CONT);
+        if await_gone(&[criu], CRIU_TIME).is_empty() {
+            return Ok(());
+        }
+    }
+    signal(criu, Signal::KILL);
+    if await_gone(&[criu], KERNEL_TIME).is_empty() {
+        return Ok(());
+    }
+    Err(format!("process {} (criu) cannot be killed", criu.pid))
+}
+
+/// Makes the tree whole and lets it run. Gives what an operator should know.
+///
+/// `was_frozen`: CRIU's dump has begun.
+pub(in crate::transfer) fn keep(
+    about: &SourceAbout,
+    was_frozen: bool,
+) -> Result<Vec<String>, String> {
+    let mut notes = Vec::new();
+    if about.tree.boot == boot_id() {
+        if was_frozen {
+            end_criu(about, true)?;
+        }
+        notes.extend(release(about, was_frozen)?);
+        if about.tree.left().is_empty() {
+            notes.push("the workload has ended here meanwhile".to_owned());
+        }
+    } else {
+        notes.push("this host was started again: the workload ended with it".to_owned());
+    }
+    remove_images(about);
+    Ok(notes)
+}
+
+/// Heals a tree that no CRIU has any more, opens its fence, and looks that it runs.
+pub(in crate::transfer) fn release(
+    about: &SourceAbout,
+    was_frozen: bool,
+) -> Result<Vec<String>, String> {
+    let mut notes = Vec::new();
+    if was_frozen {
+        let healed = tree::heal::heal(&about.tree, about.run_id.as_deref(), &about.foreign_tables);
+        if healed.sockets > 0 {
+            let sockets = healed.sockets;
+            notes.push(format!("{sockets} connections were woken from CRIU's hold"));
+        }
+        for table in healed.tables {
+            notes.push(format!("CRIU's network lock {table} was removed"));
+        }
+        notes.extend(healed.problems);
+    }
+    if let Some(fence) = &about.fence {
+        let opened = fence.open(&about.tree);
+        opened.map_err(|error| format!("the fence around the workload does not open: {error}"))?;
+    }
+    let held = || {
+        let left = about.tree.left().into_iter();
+        left.filter(|process| Stat::of(process.pid).is_some_and(|stat| stat.state == 't'))
+            .map(|process| process.pid)
+            .collect::<Vec<_>>()
+    };
+    if poll(KERNEL_TIME, || held().is_empty()) {
+        return Ok(notes);
+    }
+    Err(format!(
+        "processes {:?} of the workload are held by a tracer; end it",
+        held()
+    ))
+}
+
+/// Ends the tree without letting it run.
+pub(in crate::transfer) fn end(about: &SourceAbout) -> Result<(), String> {
+    if about.tree.boot == boot_id() {
+        end_processes(about)?;
+        // It would try to resume what is dead, and take the lock away too soon.
+        end_criu(about, false)?;
+    }
+    remove_images(about);
+    Ok(())
+}
+
+/// Kills the tree's processes, behind their fence where there is one.
+pub(in crate::transfer) fn end_processes(about: &SourceAbout) -> Result<(), String> {
+    let fenced = about.fence.as_ref().map(|fence| fence.end(&about.tree));
+    for process in about.tree.left() {
+        signal(process, Signal::KILL);
+    }
+    let left = await_gone(&about.tree.left(), END_TIME);
+    match (left.as_slice(), fenced) {
+        ([], _) => Ok(()),
+        (left, fenced) => {
+            let pids: Vec<_> = left.iter().map(|process| process.pid).collect();
+            let why = fenced.and_then(Result::err);
+            let why = why.map_or_else(String::new, |error| format!(": {error}"));
+            Err(format!(
+                "the workload runs at the destination, and processes {pids:?} of it cannot be \
+                 killed here{why}"
+            ))
+        }
+    }
+}
+
+/// Directory of the pre-dumps of a migration whose last images are in `work`.
+pub(in crate::transfer) fn pre_dumps(work: &Path) -> PathBuf {
+    let mut name = work.as_os_str().to_owned();
+    name.push(".pre-dumps");
+    name.into()
+}
+
+fn remove_images(about: &SourceAbout) {
+    let _ = fs::remove_dir_all(pre_dumps(&about.work));
+    let _ = fs::remove_dir_all(&about.work);
+}
+
+/// Whether the source's network lock may go: no packet for the workload comes here any more.
+pub(in crate::transfer) fn has_left(about: &SourceAbout) -> bool {
+    let is_here = |address: &std::net::IpAddr| std::net::UdpSocket::bind((*address, 0)).is_ok();
+    !about.bound.iter().any(is_here)
+}
+
+/// Removes the network lock of a workload that has moved. What cannot be removed is said.
+pub(in crate::transfer) fn remove_lock(about: &SourceAbout) -> Option<String> {
+    let run_id = about.run_id.as_ref()?;
+    let removed = network_lock::remove_nftables_lock(run_id);
+    // Where nothing was locked it does not matter whether there is an nft.
+    let error = removed.err().filter(|_| !about.bound.is_empty());
+    error.map(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::super::sample_about;
+    use super::*;
+    use crate::tree::Tree;
+
+    #[test]
+    fn a_stranger_with_the_same_pid_is_not_killed() {
+        let mut child = Command::new("sleep").arg("30").spawn().expect("sleep");
+        let process = Process::of(child.id()).expect("it runs");
+        let stranger = Process {
+            started: process.started + 1,
+            ..process
+        };
+        assert!(!signal(stranger, Signal::KILL));
+        assert!(process.is_there());
+        assert!(signal(process, Signal::KILL));
+        assert!(await_gone(&[process], KERNEL_TIME).is_empty());
+        child.wait().expect("it is ours");
+    }
+
+    #[test]
+    fn a_tree_without_a_fence_is_ended_all_the_same() {
+        let mut child = Command::new("sleep").arg("30").spawn().expect("sleep");
+        let about = SourceAbout {
+            tree: Tree::of([child.id()]),
+            ..sample_about()
+        };
+        end_processes(&about).expect("it is ours to kill");
+        assert!(about.tree.left().is_empty());
+        child.wait().expect("it is ours");
+    }
+
+    #[test]
+    fn pids_of_an_earlier_boot_are_nobodys() {
+        let mut child = Command::new("sleep").arg("30").spawn().expect("sleep");
+        let mut about = SourceAbout {
+            tree: Tree::of([child.id()]),
+            criu: Process::of(child.id()),
+            ..sample_about()
+        };
+        about.tree.boot = "another".to_owned();
+        end(&about).expect("nothing to end");
+        keep(&about, true).expect("nothing to keep");
+        assert!(child.try_wait().expect("ours").is_none(), "it was killed");
+        child.kill().expect("ours");
+        child.wait().expect("ours");
+    }
+}

@@ -1,0 +1,233 @@
+//! The guard: a small process beside a migration that outlives the program that drives it.
+//!
+//! It does nothing but wait for the end of its standard input, whose other end only that program
+//! holds. Then it looks at the journals: those that nobody takes care of any more it finishes, as
+//! `crxfer recover` does.
+
+use std::ffi::OsString;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::finish::{
+    DestinationOutcome, FinishOptions, SourceOutcome, clear_source, finish_destination,
+    finish_source,
+};
+use super::pause;
+use crate::handover::{
+    DestinationState, Journal, JournalError, Lease, SourceState, Verdict, journal::State,
+};
+use crate::transport;
+
+/// Between looks at journals that are not finished yet.
+const ROUND: Duration = Duration::from_millis(500);
+
+/// So often nothing must be left to do before a guard ends: its parent's locks may outlive its pipe
+/// by a moment.
+const QUIET_ROUNDS: u32 = 4;
+
+/// How long to try the other host in one go. The next round tries again.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a guard may take to end that is not needed any more.
+const END_TIME: Duration = Duration::from_secs(1);
+
+/// How to start a guard: a program that calls [`run_guard`].
+///
+/// It is given `--side source|destination --state DIR` after `args`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuardProgram {
+    /// The program, for example this one.
+    pub program: PathBuf,
+    /// Its first arguments.
+    pub args: Vec<OsString>,
+}
+
+/// Of which side the journals are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuardSide {
+    /// Where workloads leave.
+    Source,
+    /// Where they arrive.
+    Destination,
+}
+
+impl GuardSide {
+    /// As the command line has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+/// A guard that waits. Dropping it sets it to work: so does the death of this process.
+#[derive(Debug)]
+pub struct Guard {
+    child: Child,
+    pipe: Option<ChildStdin>,
+}
+
+impl Guard {
+    /// Starts one for the journals of `side` below `state`, in a session of its own. What it says
+    /// goes to the end of the file `log`.
+    pub fn start(
+        guard: &GuardProgram,
+        side: GuardSide,
+        state: &Path,
+        log: &Path,
+    ) -> io::Result<Self> {
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(log)?;
+        let mut command = Command::new(&guard.program);
+        command
+            .args(&guard.args)
+            .args(["--side", side.as_str(), "--state"])
+            .arg(std::path::absolute(state)?)
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        for variable in pause::VARIABLES {
+            command.env_remove(variable);
+        }
+        crate::sys::own_session(&mut command);
+        let mut child = command.spawn()?;
+        let pipe = child.stdin.take();
+        Ok(Self { child, pipe })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Tells it that nothing is left to do, and waits a moment for its end. Blocks.
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+    pub fn dismiss(mut self) {
+        if let Some(mut pipe) = self.pipe.take() {
+            let _ = pipe.write_all(b".");
+        }
+        let until = Instant::now() + END_TIME;
+        while let Ok(None) = self.child.try_wait() {
+            if Instant::now() >= until {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Waits until the process at the other end of standard input is gone, then finishes what it has
+/// left below `state`. Returns when nothing is left to do, or at once when it is told so.
+pub fn run_guard(state: &Path, side: GuardSide) -> Result<(), JournalError> {
+    // When memory is short the workload's way back must not be what is given up. Needs root.
+    let _ = fs::write("/proc/self/oom_score_adj", "-900");
+    // Whatever directory the parent was started in must not be held.
+    let _ = std::env::set_current_dir("/");
+    let mut byte = [0];
+    loop {
+        match io::stdin().lock().read(&mut byte) {
+            Ok(0) => break,
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|source| JournalError::Io {
+        action: "start a runtime for",
+        path: state.to_owned(),
+        source,
+    })?;
+    runtime.block_on(async {
+        match side {
+            GuardSide::Source => look_after::<SourceState>(state).await,
+            GuardSide::Destination => look_after::<DestinationState>(state).await,
+        }
+    })
+}
+
+async fn look_after<S: Guarded>(state: &Path) -> Result<(), JournalError> {
+    let mut quiet = 0;
+    let mut settled = Vec::new();
+    while quiet < QUIET_ROUNDS {
+        quiet += 1;
+        for id in Journal::<S>::list(state)? {
+            if settled.contains(&id) {
+                continue;
+            }
+            // Another guard may have removed it meanwhile.
+            let Some(journal) = Journal::<S>::open(state, id)? else {
+                continue;
+            };
+            let Ok(Some(lease)) = journal.lease() else {
+                continue;
+            };
+            match S::finish(journal, &lease).await {
+                Ok(true) => settled.push(id),
+                Ok(false) => quiet = 0,
+                Err(problem) => {
+                    say(&format!("{id}: {problem}"));
+                    quiet = 0;
+                }
+            }
+        }
+        tokio::time::sleep(ROUND).await;
+    }
+    Ok(())
+}
+
+/// For an operator who reads the log.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// A side whose journals can be finished.
+trait Guarded: State {
+    /// True when nothing is left to do that time alone will not do.
+    async fn finish(journal: Journal<Self>, lease: &Lease) -> Result<bool, String>;
+}
+
+impl Guarded for SourceState {
+    async fn finish(journal: Journal<Self>, lease: &Lease) -> Result<bool, String> {
+        let (_never, stop) = tokio::sync::watch::channel(false);
+        let options = FinishOptions {
+            patience: PATIENCE,
+            target: None,
+            transport: transport::Options::default(),
+            stop,
+        };
+        let outcome = finish_source(&journal, lease, &options).await;
+        let outcome = outcome.map_err(|error| error.to_string())?;
+        say(&format!("{}: {outcome:?}", journal.id()));
+        let is_over = match &outcome {
+            SourceOutcome::Kept { told, .. } => *told,
+            SourceOutcome::Moved { .. } => true,
+            SourceOutcome::Held { .. } | SourceOutcome::Undecided { .. } => false,
+        };
+        // Where the address has not left yet the journal waits for that, and so does this guard.
+        Ok(is_over && clear_source(journal).map_err(|error| error.to_string())?)
+    }
+}
+
+impl Guarded for DestinationState {
+    async fn finish(journal: Journal<Self>, lease: &Lease) -> Result<bool, String> {
+        let id = journal.id();
+        let outcome = finish_destination(&journal, lease, Verdict::Ask);
+        let outcome = outcome.map_err(|error| error.to_string())?;
+        if !matches!(outcome, DestinationOutcome::Held { .. }) {
+            say(&format!("{id}: {outcome:?}"));
+            return Ok(true);
+        }
+        Ok(false)
+    }
+}
