@@ -276,6 +276,17 @@ impl Hooks {
         }
     }
 
+    /// All commands, as [`Hook`] reads them, in their order.
+    pub fn commands(&self) -> Vec<String> {
+        let text = |hook: &Hook| format!("{}={}", hook.moment, hook.command);
+        self.hooks.iter().map(text).collect()
+    }
+
+    /// How long each command may take.
+    pub fn time_limit(&self) -> Duration {
+        self.time_limit
+    }
+
     /// Whether there is a command for `moment`.
     pub fn has(&self, moment: Moment) -> bool {
         self.hooks.iter().any(|hook| hook.moment == moment)

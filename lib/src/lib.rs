@@ -59,6 +59,8 @@
 //!         max_set_bytes: None,
 //!         keep: 0,
 //!         restore: None,
+//!         state: None,
+//!         guard: None,
 //!         identity: None,
 //!         peers: Vec::new(),
 //!         transport: Options::default(),

@@ -100,6 +100,14 @@ pub(crate) struct RecvArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) keep: u64,
 
+    /// Directory of the journals of live migrations, which `crxfer recover` reads [default:
+    /// .crxfer/state in the receiving directory]
+    ///
+    /// It should survive what the receiving directory survives: the journal says which images in there
+    /// are complete, and whose the workload is.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) state: Option<PathBuf>,
+
     /// Key of this host (see `crxfer keygen`). Without it: one made and kept inside DIR
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) identity: Option<PathBuf>,
@@ -114,8 +122,9 @@ pub(crate) struct RecvArgs {
     /// {"event":"received","name","path","generation","layout","base","completeness","unchanged",
     /// "image_bytes","notes"} when a set is visible (name is null for an ancestor that was taken
     /// along), {"event":"restored","name","pid","address"} when a workload that came from that
-    /// address runs here, {"event":"failed","address","error"} when a transfer ended early. Each line
-    /// is written at once.
+    /// address runs here, {"event":"holding","id","name","address","images"} when a complete copy is
+    /// held and the source has not said whose the workload is (see `crxfer recover`),
+    /// {"event":"failed","address","error"} when a transfer ended early. Each line is written at once.
     #[arg(long)]
     pub(crate) json: bool,
 

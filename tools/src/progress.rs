@@ -71,6 +71,7 @@ impl Progress {
             Event::Connected { .. }
             | Event::Received(_)
             | Event::Restored { .. }
+            | Event::Holding { .. }
             | Event::Failed { .. } => {}
         }
     }

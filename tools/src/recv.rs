@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use crxfer::hooks::{Hooks, Side};
+use crxfer::transfer::guard::GuardProgram;
 use crxfer::transfer::{Event, Events, ReceiveOptions, Received, Receiver, RestoreHost};
 use serde_json::{Value, json};
 
@@ -25,6 +26,8 @@ pub(crate) async fn run(args: RecvArgs) -> Result<(), Failed> {
         max_set_bytes: args.max_bytes.map(|bytes| bytes.0),
         keep: args.keep,
         restore: restore_host(&args.restore)?,
+        state: args.state.clone(),
+        guard: Some(guard()?),
         identity: key::of_destination(args.identity.as_deref())?,
         peers: args.peer.clone(),
         transport: args.transport.to_options(),
@@ -40,6 +43,15 @@ pub(crate) async fn run(args: RecvArgs) -> Result<(), Failed> {
     }
     receiver.close().await;
     Ok(())
+}
+
+/// This program once more.
+fn guard() -> Result<GuardProgram, Failed> {
+    let failed = Failed::file("find this program in", Path::new("/proc/self/exe"));
+    Ok(GuardProgram {
+        program: std::env::current_exe().map_err(failed)?,
+        args: vec!["guard".into()],
+    })
 }
 
 fn restore_host(args: &RestoreArgs) -> Result<Option<RestoreHost>, Failed> {
@@ -115,6 +127,24 @@ fn events(json: bool) -> Events {
             })),
             Event::Restored { name, pid, address } => {
                 output::line(&format!("running {name}: pid {pid} (from {address})"))
+            }
+            Event::Holding {
+                id,
+                name,
+                address,
+                images,
+            } if json => output::json(&json!({
+                "event": "holding", "id": id.to_string(), "name": name,
+                "address": address.to_string(), "images": images.to_string_lossy(),
+            })),
+            Event::Holding {
+                id, name, images, ..
+            } => {
+                hint(&format!(
+                    "crxfer: holds a complete copy of {name} in {} (migration {id}); the source has not said whose the workload is: it will when it can, or see `crxfer recover`",
+                    images.display()
+                ));
+                Ok(())
             }
             Event::Failed { address, error } if json => output::json(
                 &json!({"event": "failed", "address": address.to_string(), "error": error}),

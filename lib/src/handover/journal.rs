@@ -12,7 +12,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -183,12 +183,13 @@ impl<S: State> Journal<S> {
             file,
             side: std::marker::PhantomData,
         };
-        journal.append(&Line::About(Box::new(about)))?;
-        journal.append(&Line::State {
+        journal.append(&Line::About(Box::new(about)), Sync::Quick)?;
+        let first = Line::State {
             state: S::FIRST,
             at_ms: now_ms(),
             note: String::new(),
-        })?;
+        };
+        journal.append(&first, Sync::Durable)?;
         if journal.durable {
             for path in [journal.directory.as_path(), root] {
                 let synced = File::open(path).and_then(|directory| directory.sync_all());
@@ -283,6 +284,20 @@ impl<S: State> Journal<S> {
 
     /// Records a step. Fails where it may not follow what the journal says by now.
     pub fn advance(&self, next: S, note: &str) -> Result<(), JournalError> {
+        self.step(next, note, Sync::Durable)
+    }
+
+    /// As [`advance`](Self::advance), without waiting for the disk: any process that lives sees the
+    /// step, a power cut may forget it.
+    ///
+    /// For steps whose meaning a power cut takes along anyway. A copy that is let go, or runs, does not
+    /// outlive this boot; that it was complete, which is on disk, is what is true afterwards. A sync
+    /// would cost downtime: it stands between the source's word and the copy's first instruction.
+    pub fn advance_quickly(&self, next: S, note: &str) -> Result<(), JournalError> {
+        self.step(next, note, Sync::Quick)
+    }
+
+    fn step(&self, next: S, note: &str, sync: Sync) -> Result<(), JournalError> {
         let _locked = self.locked()?;
         let found = self.read()?.state();
         if !found.may_become(next) {
@@ -292,32 +307,41 @@ impl<S: State> Journal<S> {
                 wanted: format!("{next:?}"),
             });
         }
-        self.append(&Line::State {
+        let step = Line::State {
             state: next,
             at_ms: now_ms(),
             note: note.to_owned(),
-        })
+        };
+        self.append(&step, sync)
     }
 
     /// Records what an operator or a policy decided; whoever has the lease acts upon it.
     pub fn decide(&self, keep: Keep, by: &str) -> Result<(), JournalError> {
         let _locked = self.locked()?;
-        self.append(&Line::Decided {
+        let decided = Line::Decided {
             keep,
             at_ms: now_ms(),
             by: by.to_owned(),
-        })
+        };
+        self.append(&decided, Sync::Durable)
     }
 
     /// Replaces the header by one that knows more.
     pub fn note(&self, about: S::About) -> Result<(), JournalError> {
         let _locked = self.locked()?;
-        self.append(&Line::About(Box::new(about)))
+        self.append(&Line::About(Box::new(about)), Sync::Durable)
+    }
+
+    /// As [`note`](Self::note), without waiting for the disk: for what does not outlive this boot, such
+    /// as processes.
+    pub fn note_quickly(&self, about: S::About) -> Result<(), JournalError> {
+        let _locked = self.locked()?;
+        self.append(&Line::About(Box::new(about)), Sync::Quick)
     }
 
     /// Removes the journal and its directory. Only after the last state, or where a migration never
     /// became more than an offer.
-    pub fn remove(self) -> Result<(), JournalError> {
+    pub fn remove(&self) -> Result<(), JournalError> {
         fs::remove_dir_all(&self.directory).map_err(failed("remove", &self.directory))
     }
 
@@ -325,20 +349,43 @@ impl<S: State> Journal<S> {
         self.directory.join(JOURNAL)
     }
 
-    fn append(&self, line: &Line<S, S::About>) -> Result<(), JournalError> {
+    fn append(&self, line: &Line<S, S::About>, sync: Sync) -> Result<(), JournalError> {
         let path = self.path();
         let json = serde_json::to_string(line).expect("plain data is JSON");
         let mut text = checksum(&json);
         text.push(' ');
         text.push_str(&json);
         text.push('\n');
-        (&self.file)
-            .write_all(text.as_bytes())
-            .map_err(failed("write", &path))?;
-        if self.durable {
+        let length = self.whole_lines().map_err(failed("read", &path))?;
+        if let Err(error) = (&self.file).write_all(text.as_bytes()) {
+            // Half a line, on a full disk, would hide the next one.
+            let _ = self.file.set_len(length);
+            return Err(failed("write", &path)(error));
+        }
+        if self.durable && sync == Sync::Durable {
             self.file.sync_data().map_err(failed("sync", &path))?;
         }
         Ok(())
+    }
+
+    // Removes what a power cut has left of a line: behind it the next one would not count either.
+    fn whole_lines(&self) -> io::Result<u64> {
+        let length = self.file.metadata()?.len();
+        let mut last = [b'\n'];
+        if let Some(at) = length.checked_sub(1) {
+            self.file.read_exact_at(&mut last, at)?;
+        }
+        if last == [b'\n'] {
+            return Ok(length);
+        }
+        let mut bytes = Vec::new();
+        let mut file = &self.file;
+        file.rewind()?;
+        file.take(MOST_BYTES).read_to_end(&mut bytes)?;
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n');
+        let whole = whole.map_or(0, |at| at as u64 + 1);
+        self.file.set_len(whole)?;
+        Ok(whole)
     }
 
     // Released with the guard. A lock of the open file, which dies with its process.
@@ -351,6 +398,13 @@ impl<S: State> Journal<S> {
             }
         }
     }
+}
+
+/// Whether a record must outlive a power cut before anything else is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sync {
+    Durable,
+    Quick,
 }
 
 struct Locked<'a>(&'a File);

@@ -30,22 +30,7 @@ impl Store {
                 remove_tree(&place)?;
             }
         }
-        self.recover_migrations()?;
         self.collect(None, 0)
-    }
-
-    // A migration needs both hosts from begin to end: what an earlier process took cannot go on.
-    // Copies that run have read all that they need.
-    fn recover_migrations(&self) -> Result<(), StoreError> {
-        let path = self.state_path("migrations");
-        if !path.is_dir() {
-            return Ok(());
-        }
-        for place in self.entries("migrations")? {
-            tracing::info!("removing {}: it ended early", place.display());
-            remove_tree(&place)?;
-        }
-        Ok(())
     }
 
     fn entries(&self, part: &str) -> Result<Vec<PathBuf>, StoreError> {

@@ -323,17 +323,6 @@ fn a_directory_that_replaced_a_removed_set_is_not_taken_for_it() {
 }
 
 #[test]
-fn what_a_killed_receiver_had_of_a_migration_is_removed() {
-    let mut place = Place::new();
-    let left = place.store.state_path("migrations/0f");
-    fs::create_dir_all(left.join("work")).unwrap();
-    fs::write(left.join("pages-1.img"), b"memory").unwrap();
-    place.restart();
-    assert!(!left.exists());
-    assert!(place.store.state_path("migrations").is_dir());
-}
-
-#[test]
 fn only_one_may_serve_and_only_what_is_one_may_be_opened() {
     let place = Place::new();
     let lock = place.store.serve().unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::identity::Fingerprint;
 use crate::session::PageCounts;
-use crate::wire::Layout;
+use crate::wire::{Layout, MigrationId};
 
 /// A set that was received.
 #[derive(Clone, Debug)]
@@ -70,6 +70,18 @@ pub enum Event {
         pid: u32,
         /// From where.
         address: SocketAddr,
+    },
+    /// A complete copy of a process tree is held, and the source has not said whose the workload is:
+    /// it does when it can be reached again, or an operator decides.
+    Holding {
+        /// Which migration.
+        id: MigrationId,
+        /// Its name.
+        name: String,
+        /// Where the source was.
+        address: SocketAddr,
+        /// Directory of the complete images.
+        images: PathBuf,
     },
     /// A transfer ended early (on a destination, which goes on).
     Failed {

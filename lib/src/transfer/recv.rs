@@ -3,21 +3,29 @@
 mod incoming;
 mod meeting;
 mod migration;
-mod orphans;
-mod restore;
+pub(super) mod orphans;
+mod record;
+pub(super) mod restore;
 mod serve;
 mod staged;
 mod storing;
+mod unfinished;
 
+use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 
+use self::meeting::Meetings;
+pub(super) use self::migration::check_images;
 use self::serve::serve;
 use super::TransferError;
 use super::event::{Event, Events};
+use super::guard::{Guard, GuardProgram, GuardSide};
 use crate::hooks::Hooks;
 use crate::identity::Fingerprint;
 use crate::store::{ServingLock, Store};
@@ -45,6 +53,11 @@ pub struct ReceiveOptions {
     pub identity: Option<Identity>,
     /// Process trees may come and run here; without it only images are received.
     pub restore: Option<RestoreHost>,
+    /// Where journals of migrations are kept. Without it: `.crxfer/state` in the directory, which
+    /// survives what the images survive.
+    pub state: Option<PathBuf>,
+    /// Started where trees may come: it ends what this process leaves unfinished when it dies.
+    pub guard: Option<GuardProgram>,
     /// The keys that may send. Without any, whoever has the ticket may.
     pub peers: Vec<Fingerprint>,
     /// Settings of the connections.
@@ -71,6 +84,7 @@ pub struct Receiver {
     shared: Arc<Shared>,
     ticket: Option<Ticket>,
     addresses: Vec<SocketAddr>,
+    guard: Mutex<Option<Guard>>,
 }
 
 /// What all connections of one receiver have in common.
@@ -81,6 +95,8 @@ struct Shared {
     max_set_bytes: Option<u64>,
     keep: u64,
     restore: Option<RestoreHost>,
+    state: PathBuf,
+    meetings: Meetings,
     secret: Option<Secret>,
     pinned: bool,
     events: Events,
@@ -122,23 +138,35 @@ impl Receiver {
         let ticket = secret
             .as_ref()
             .map(|secret| Ticket::new(addresses.clone(), fingerprint, secret.clone()));
+        let state = options.state;
+        let state = state.unwrap_or_else(|| store.state_path("state"));
+        let waiting = unfinished::tidy(&store, &state)?;
+        let guard = match (&options.guard, &options.restore) {
+            (Some(guard), Some(_)) => Some(start_guard(guard, &state)?),
+            _ => None,
+        };
         let shared = Shared {
             store,
             layout: options.layout,
             max_set_bytes: options.max_set_bytes,
             keep: options.keep,
             restore: options.restore,
+            state,
+            meetings: Meetings::default(),
             secret,
             pinned,
             events: options.events,
             received: watch::Sender::new(0),
             _lock: lock,
         };
+        let shared = Arc::new(shared);
+        unfinished::go_on(&shared, waiting);
         Ok(Self {
             server,
-            shared: Arc::new(shared),
+            shared,
             ticket: ticket.transpose()?,
             addresses,
+            guard: Mutex::new(guard),
         })
     }
 
@@ -179,6 +207,12 @@ impl Receiver {
         self.server
             .close(CloseCode::ShuttingDown, "the receiver was stopped")
             .await;
+        if !unfinished::is_anything(&self.shared) {
+            let guard = self.guard.lock();
+            let guard = guard.unwrap_or_else(PoisonError::into_inner).take();
+            let dismissing = spawn_blocking(|| guard.map(Guard::dismiss));
+            let _ = dismissing.await;
+        }
     }
 
     async fn accept_all(&self) {
@@ -205,6 +239,20 @@ impl Receiver {
             });
         }
     }
+}
+
+fn start_guard(guard: &GuardProgram, state: &Path) -> Result<Guard, TransferError> {
+    let failed = |source| TransferError::Read {
+        path: guard.program.clone(),
+        source,
+    };
+    fs::DirBuilder::new()
+        .mode(0o700)
+        .recursive(true)
+        .create(state)
+        .map_err(failed)?;
+    let log = state.join("guard.log");
+    Guard::start(guard, GuardSide::Destination, state, &log).map_err(failed)
 }
 
 // In words, so that the source knows that trying again helps.

@@ -39,6 +39,8 @@ pub(crate) fn receive_options(dir: &Path, layout: Layout) -> ReceiveOptions {
         max_set_bytes: None,
         keep: 0,
         restore: None,
+        state: None,
+        guard: None,
         identity: None,
         peers: Vec::new(),
         transport: transport::Options::default(),

@@ -1,7 +1,28 @@
 //! On the destination.
+//!
+//! The decision is [`DestinationState::duty`]'s; here is what carries it out, for whoever finds a
+//! journal without a live driver. [`bring_to_life`] and [`clear`] also serve the driver itself, so that
+//! a copy is built again, and removed, in one way only.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::FinishError;
-use crate::handover::{DestinationState, Journal, Lease, Verdict};
+use crate::handover::journal::{DestinationAbout, History};
+use crate::handover::{Answer, DestinationDuty, DestinationState, Journal, Lease, Verdict};
+use crate::hooks::{self, Environment, Hooks, Side};
+use crate::preflight::Facts;
+use crate::standby;
+use crate::transfer::TransferError;
+use crate::transfer::recv::{check_images, orphans, restore};
+use crate::tree::{Process, boot_id, copy};
+
+/// How long a CRIU that has lost its caller may take to remove the copy it holds, or to let it run.
+const CRIU_TIME: Duration = Duration::from_secs(10);
+
+/// Between looks at it.
+const SHORTLY: Duration = Duration::from_millis(10);
 
 /// What became of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,18 +42,337 @@ pub enum DestinationOutcome {
     /// A complete copy is held in images (`place`): the source or an operator must decide.
     Held {
         /// Directory of the images.
-        place: std::path::PathBuf,
+        place: PathBuf,
     },
 }
 
 /// Does what the journal, the operator's decision in it and the source's `verdict` ask for. Blocks:
 /// it may restore a tree.
 pub fn finish_destination(
-    _journal: &Journal<DestinationState>,
+    journal: &Journal<DestinationState>,
     _lease: &Lease,
-    _verdict: Verdict,
+    verdict: Verdict,
 ) -> Result<DestinationOutcome, FinishError> {
-    Ok(DestinationOutcome::Held {
-        place: std::path::PathBuf::new(),
+    let history = journal.read()?;
+    let about = &history.about;
+    let is_over = history.state() == DestinationState::Over;
+    match history.state().duty(verdict, history.keep()) {
+        DestinationDuty::Hold => {
+            // Without its driver no copy can be let go any more: what CRIU has left only takes its pids.
+            clear(about).map_err(|what| left(journal, what))?;
+            Ok(DestinationOutcome::Held {
+                place: about.place.join(standby::FINAL),
+            })
+        }
+        DestinationDuty::Remove => remove(journal, &history, reason_of(verdict, &history)),
+        DestinationDuty::Resume => resume(journal, &history),
+        DestinationDuty::Tell(Answer::Runs { .. }) => {
+            // It may have been recorded by one who died before he could tidy up.
+            remove_place(&about.place).map_err(|what| left(journal, what))?;
+            let mut notes = Vec::new();
+            let pid = running_pid(about);
+            if pid == 0 {
+                notes.push("it has run here, and has ended since".to_owned());
+            }
+            Ok(DestinationOutcome::Running { pid, notes })
+        }
+        DestinationDuty::Tell(_) if is_over && history.entries.iter().any(is_running) => {
+            Ok(DestinationOutcome::Running {
+                pid: running_pid(about),
+                notes: Vec::new(),
+            })
+        }
+        DestinationDuty::Tell(_) => {
+            remove_place(&about.place).map_err(|what| left(journal, what))?;
+            Ok(DestinationOutcome::Removed { notes: Vec::new() })
+        }
+    }
+}
+
+fn is_running(entry: &crate::handover::journal::Entry<DestinationState>) -> bool {
+    entry.state == DestinationState::Running
+}
+
+fn reason_of(verdict: Verdict, history: &History<DestinationState>) -> &'static str {
+    match (history.state(), verdict) {
+        (DestinationState::Complete, Verdict::Abort) => "the source keeps the workload",
+        (DestinationState::Complete, _) => "an operator decided that the source keeps it",
+        _ => "it ended early",
+    }
+}
+
+/// The root process of a copy that runs; 0 where it has ended.
+fn running_pid(about: &DestinationAbout) -> u32 {
+    let pid = about.pid.filter(|_| about.boot == boot_id());
+    let there = pid.filter(|&pid| Process::of(pid).is_some());
+    there.unwrap_or(0)
+}
+
+fn left(journal: &Journal<DestinationState>, what: String) -> FinishError {
+    FinishError::Left {
+        what,
+        journal: journal.directory().to_owned(),
+    }
+}
+
+fn remove(
+    journal: &Journal<DestinationState>,
+    history: &History<DestinationState>,
+    reason: &str,
+) -> Result<DestinationOutcome, FinishError> {
+    let about = &history.about;
+    if history.state() != DestinationState::Removing {
+        journal.advance(DestinationState::Removing, reason)?;
+    }
+    let mut notes = clear(about).map_err(|what| left(journal, what))?;
+    remove_place(&about.place).map_err(|what| left(journal, what))?;
+    let mut environment = environment(about, None);
+    environment.reason = Some(reason.to_owned());
+    let run = hooks_of(about)?.run(hooks::Moment::AfterAbort, &environment);
+    notes.extend(run.err().map(|error| error.to_string()));
+    journal.advance(DestinationState::Removed, "")?;
+    Ok(DestinationOutcome::Removed { notes })
+}
+
+fn resume(
+    journal: &Journal<DestinationState>,
+    history: &History<DestinationState>,
+) -> Result<DestinationOutcome, FinishError> {
+    if history.state() == DestinationState::Complete {
+        // Before anything of it can run. Nobody waits for milliseconds here: on disk.
+        journal.advance(DestinationState::Resuming, "finished without its receiver")?;
+    }
+    let about = &history.about;
+    let note_criu = |criu| {
+        let about = DestinationAbout {
+            criu: Some(criu),
+            boot: boot_id(),
+            ..about.clone()
+        };
+        journal.note_quickly(about)
+    };
+    let alive = bring_to_life(about, &hooks_of(about)?, note_criu);
+    let alive = alive.map_err(|what| left(journal, what))?;
+    record_running(journal, alive.pid)?;
+    let mut notes = alive.notes;
+    // The copy has read all that it needs.
+    notes.extend(remove_place(&about.place).err());
+    Ok(DestinationOutcome::Running {
+        pid: alive.pid,
+        notes,
     })
+}
+
+/// Records that the copy runs, and as which process.
+pub(in crate::transfer) fn record_running(
+    journal: &Journal<DestinationState>,
+    pid: u32,
+) -> Result<(), crate::handover::JournalError> {
+    let about = DestinationAbout {
+        pid: Some(pid),
+        boot: boot_id(),
+        ..journal.read()?.about
+    };
+    journal.note_quickly(about)?;
+    journal.advance_quickly(DestinationState::Running, "")
+}
+
+/// A copy that runs.
+#[derive(Debug)]
+pub(in crate::transfer) struct Alive {
+    pub(in crate::transfer) pid: u32,
+    pub(in crate::transfer) notes: Vec<String>,
+}
+
+/// Finds the copy running, or builds it from its images once more and lets it go at once. Call it only
+/// after [`DestinationState::Resuming`] was recorded. The copy outlives this process. Blocks.
+///
+/// The error says what stands in the way and where the images are; nothing of the copy runs then.
+pub(in crate::transfer) fn bring_to_life(
+    about: &DestinationAbout,
+    hooks: &Hooks,
+    note_criu: impl FnOnce(Process) -> Result<(), crate::handover::JournalError>,
+) -> Result<Alive, String> {
+    match look(about) {
+        copy::Found::Runs { pid } => {
+            return Ok(Alive {
+                pid,
+                notes: vec!["it was found running".to_owned()],
+            });
+        }
+        copy::Found::Leftovers(left) => remove_leftovers(&left)?,
+        copy::Found::Nothing => {}
+    }
+    let images = about.place.join(standby::FINAL);
+    let advice = |what: String| {
+        format!(
+            "the workload is this host's, but cannot be brought to life: {what}; its complete images are in {}: remove the cause, then run `crxfer recover`",
+            images.display()
+        )
+    };
+    check_images(&images).map_err(|error| advice(error.to_string()))?;
+    let ran = hooks.run(hooks::Moment::AddressPrepare, &environment(about, None));
+    ran.map_err(|error| advice(error.to_string()))?;
+    let mut alive = build(about, &images, note_criu).map_err(advice)?;
+    let environment = environment(about, Some(alive.pid));
+    for moment in [hooks::Moment::AddressAnnounce, hooks::Moment::AfterRestore] {
+        let failed = hooks.run(moment, &environment).err();
+        alive.notes.extend(failed.map(|error| error.to_string()));
+    }
+    Ok(alive)
+}
+
+fn build(
+    about: &DestinationAbout,
+    images: &Path,
+    note_criu: impl FnOnce(Process) -> Result<(), crate::handover::JournalError>,
+) -> Result<Alive, String> {
+    // What a failing CRIU leaves must be found below this process.
+    orphans::adopt();
+    let worker = restore::prepare(&about.program).map_err(|error| error.to_string())?;
+    let criu = Process::of(worker.pid());
+    if let Some(criu) = criu {
+        note_criu(criu).map_err(|error| error.to_string())?;
+    }
+    let work = about.place.join("work");
+    let options = restore::options(&about.options, about.config_file.as_deref());
+    match restore::at_once(worker, images, &work, options) {
+        Ok(released) => Ok(Alive {
+            pid: released.pid,
+            notes: released.complaint.into_iter().collect(),
+        }),
+        Err(error) => {
+            // One that CRIU did not report may run all the same.
+            let about = DestinationAbout {
+                criu,
+                boot: boot_id(),
+                ..about.clone()
+            };
+            match look(&about) {
+                copy::Found::Runs { pid } => Ok(Alive {
+                    pid,
+                    notes: vec![error.to_string()],
+                }),
+                copy::Found::Leftovers(left) => {
+                    remove_leftovers(&left)?;
+                    Err(error.to_string())
+                }
+                copy::Found::Nothing => Err(error.to_string()),
+            }
+        }
+    }
+}
+
+/// Ends what is left of a copy that was never let go; says what that was. Its images stay. Blocks.
+pub(in crate::transfer) fn clear(about: &DestinationAbout) -> Result<Vec<String>, String> {
+    let left = match look(about) {
+        copy::Found::Nothing => return Ok(Vec::new()),
+        copy::Found::Leftovers(left) => left,
+        // Nobody let it go: if it does execute something, then not by the right of this host.
+        copy::Found::Runs { pid } => processes_of(about, pid),
+    };
+    remove_leftovers(&left)?;
+    let count = left.len();
+    Ok(vec![format!("killed {count} processes of a copy")])
+}
+
+fn remove_leftovers(left: &[Process]) -> Result<(), String> {
+    match copy::remove(left) {
+        0 => Ok(()),
+        stayed => Err(format!(
+            "{stayed} processes that CRIU left of the copy do not end: end them, then run `crxfer recover`"
+        )),
+    }
+}
+
+// What there is of the copy once its CRIU is gone.
+fn look(about: &DestinationAbout) -> copy::Found {
+    if about.boot != boot_id() {
+        return copy::Found::Nothing;
+    }
+    if let Some(criu) = about.criu {
+        await_end(criu);
+    }
+    copy::find(&wanted(about))
+}
+
+fn wanted(about: &DestinationAbout) -> copy::Wanted {
+    let tree = facts_of(about).tree;
+    copy::Wanted {
+        tasks: tree.tasks,
+        own_pid_namespace: tree.own_pid_namespace,
+        criu: about.criu,
+        log: about.place.join("work/restore.log"),
+    }
+}
+
+fn processes_of(about: &DestinationAbout, root: u32) -> Vec<Process> {
+    let tree = facts_of(about).tree;
+    // The first process of a pid namespace takes all others along.
+    let others = if tree.own_pid_namespace {
+        Vec::new()
+    } else {
+        tree.tasks
+    };
+    let began = about.criu.map_or(u64::MAX, |criu| criu.started);
+    let pids = std::iter::once(root).chain(others.into_iter().filter(|&pid| pid != root));
+    let there = pids.filter_map(Process::of);
+    there.filter(|process| process.started >= began).collect()
+}
+
+/// The source's facts, which were checked when they came.
+fn facts_of(about: &DestinationAbout) -> Facts {
+    Facts::decode(&about.facts).unwrap_or_default()
+}
+
+// A CRIU whose caller is gone ends its restore by itself, one way or the other.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a driver: it waits for another process"
+)]
+fn await_end(criu: Process) {
+    let begun = Instant::now();
+    while criu.is_there() {
+        if begun.elapsed() > CRIU_TIME {
+            tracing::warn!(
+                "criu (pid {}) does not end without its caller; it is killed",
+                criu.pid
+            );
+            copy::remove(&[criu]);
+            return;
+        }
+        std::thread::sleep(SHORTLY);
+    }
+}
+
+fn remove_place(place: &Path) -> Result<(), String> {
+    match fs::remove_dir_all(place) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(format!("cannot remove {}: {error}", place.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn hooks_of(about: &DestinationAbout) -> Result<Hooks, TransferError> {
+    let hooks: Result<Vec<_>, _> = about.hooks.iter().map(|hook| hook.parse()).collect();
+    let limit = Duration::from_millis(about.hook_limit_ms);
+    let hooks = hooks.and_then(|hooks| Hooks::new(Side::Destination, hooks, limit));
+    hooks.map_err(|error| {
+        restore::refused(
+            crate::wire::FailureCode::Hook,
+            format!("a hook in the journal cannot be read: {error}"),
+        )
+    })
+}
+
+fn environment(about: &DestinationAbout, pid: Option<u32>) -> Environment {
+    Environment {
+        migration: about.name.clone(),
+        pid,
+        peer: Some(about.address.ip()),
+        addresses: facts_of(about).addresses(),
+        images: Some(about.place.join(standby::FINAL)),
+        reason: None,
+    }
 }

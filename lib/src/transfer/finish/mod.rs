@@ -12,6 +12,7 @@ mod meet;
 mod source;
 pub(super) mod tree;
 
+pub(in crate::transfer) use destination::{Alive, bring_to_life, clear, record_running};
 pub use destination::{DestinationOutcome, finish_destination};
 pub use source::{SourceOutcome, clear_source, finish_source};
 

@@ -1,21 +1,185 @@
 //! A source that has lost its destination within a migration is back.
+//!
+//! Only the key that made the offer is answered; to others nothing is known of it. Where the migration
+//! has a live driver that one does what the source says; else its journal is finished here.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::spawn_blocking;
 
 use super::Shared;
+use crate::handover::{DestinationState, Journal};
+use crate::identity::Fingerprint;
 use crate::transfer::TransferError;
+use crate::transfer::event::Event;
+use crate::transfer::finish::{DestinationOutcome, FinishError, finish_destination};
 use crate::transport::{Connection, ControlSender};
 use crate::wire::{Answer, Message, MigrationId, Step, Verdict};
 
+/// How often a source hears that its answer takes a while: building a copy again may take minutes.
+const WORKING: Duration = Duration::from_secs(5);
+
+/// How long a source may take to leave when it has its answer.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What a source that is back says to the driver of its migration.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) verdict: Verdict,
+    /// Dropped without an answer: ask again.
+    pub(super) answer: oneshot::Sender<Answer>,
+}
+
+/// The migrations that have a live driver.
+#[derive(Debug, Default)]
+pub(super) struct Meetings(Mutex<HashMap<MigrationId, Live>>);
+
+#[derive(Debug)]
+struct Live {
+    peer: Fingerprint,
+    calls: mpsc::UnboundedSender<Call>,
+}
+
+impl Meetings {
+    fn with<T>(&self, act: impl FnOnce(&mut HashMap<MigrationId, Live>) -> T) -> T {
+        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether any migration is under way.
+    pub(super) fn is_empty(&self) -> bool {
+        self.with(|live| live.is_empty())
+    }
+}
+
+/// A driver that can be met, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Registered {
+    shared: Arc<Shared>,
+    id: MigrationId,
+}
+
+impl Registered {
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        id: MigrationId,
+        peer: Fingerprint,
+        calls: mpsc::UnboundedSender<Call>,
+    ) -> Self {
+        let live = Live { peer, calls };
+        shared.meetings.with(|meetings| meetings.insert(id, live));
+        Self {
+            shared: shared.clone(),
+            id,
+        }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.shared.meetings.with(|live| live.remove(&self.id));
+    }
+}
+
 /// Does what the verdict says, and answers.
 pub(super) async fn serve(
-    _connection: &Connection,
-    _shared: &Arc<Shared>,
+    connection: &Connection,
+    shared: &Arc<Shared>,
     control: &mut ControlSender,
-    _id: MigrationId,
-    _verdict: Verdict,
+    id: MigrationId,
+    verdict: Verdict,
 ) -> Result<(), TransferError> {
-    let answer = Message::Migration(Step::Met(Answer::Unknown));
+    let answering = answer(shared.clone(), connection.peer(), id, verdict);
+    tokio::pin!(answering);
+    let mut working = tokio::time::interval(WORKING);
+    working.tick().await;
+    let answer = loop {
+        tokio::select! {
+            answer = &mut answering => break answer,
+            _ = working.tick() => control.write_message(&Message::Working.encode()).await?,
+        }
+    };
+    let answer = Message::Migration(Step::Met(answer));
     control.write_message(&answer.encode()).await?;
+    let _ = control.finish();
+    // The source closes when it has read that.
+    let _ = tokio::time::timeout(FAREWELL, connection.closed()).await;
     Ok(())
+}
+
+async fn answer(
+    shared: Arc<Shared>,
+    peer: Fingerprint,
+    id: MigrationId,
+    verdict: Verdict,
+) -> Answer {
+    let live = shared.meetings.with(|meetings| {
+        let live = meetings.get(&id)?;
+        Some((live.peer == peer).then(|| live.calls.clone()))
+    });
+    match live {
+        Some(None) => Answer::Unknown,
+        Some(Some(calls)) => {
+            let (answer, answered) = oneshot::channel();
+            let _ = calls.send(Call { verdict, answer });
+            answered.await.unwrap_or(Answer::Busy)
+        }
+        None => {
+            // Not given up where the source leaves meanwhile: what was begun is finished.
+            let finishing = spawn_blocking(move || finish(&shared, peer, id, verdict));
+            finishing.await.unwrap_or(Answer::Busy)
+        }
+    }
+}
+
+// A migration whose driver is gone.
+fn finish(shared: &Shared, peer: Fingerprint, id: MigrationId, verdict: Verdict) -> Answer {
+    match try_finish(shared, peer, id, verdict) {
+        Ok(answer) => answer,
+        Err(error) => {
+            tracing::warn!("migration {id}: {error}");
+            Answer::Busy
+        }
+    }
+}
+
+fn try_finish(
+    shared: &Shared,
+    peer: Fingerprint,
+    id: MigrationId,
+    verdict: Verdict,
+) -> Result<Answer, FinishError> {
+    let Some(journal) = Journal::<DestinationState>::open(&shared.state, id)? else {
+        return Ok(Answer::Unknown);
+    };
+    let before = journal.read()?;
+    if before.about.peer != peer.to_string() {
+        return Ok(Answer::Unknown);
+    }
+    let Some(lease) = journal.lease()? else {
+        return Ok(Answer::Busy);
+    };
+    let outcome = finish_destination(&journal, &lease, verdict)?;
+    Ok(match outcome {
+        DestinationOutcome::Held { .. } => Answer::Holds,
+        DestinationOutcome::Running { pid, .. } => {
+            if !before.state().is_ours() {
+                shared.events.emit(Event::Restored {
+                    name: before.about.name,
+                    pid,
+                    address: before.about.address,
+                });
+            }
+            Answer::Runs { pid }
+        }
+        DestinationOutcome::Removed { .. } => {
+            // A source that has not committed needs no answer twice: "unknown" says the same to it.
+            if verdict == Verdict::Abort || before.state() == DestinationState::Receiving {
+                journal.remove()?;
+            }
+            Answer::Removed
+        }
+    })
 }

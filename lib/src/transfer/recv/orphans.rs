@@ -15,13 +15,13 @@ const GONE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Processes that lose their parent come to this one from now on: what CRIU leaves behind can be
 /// found and killed, and restored trees stay where they can be reaped.
-pub(super) fn adopt() {
+pub(in crate::transfer) fn adopt() {
     // Fails on no kernel since 3.4.
     let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
 }
 
 /// Reaps restored processes when they end, on a thread of its own, for as long as this process lives.
-pub(super) fn reap() {
+pub(in crate::transfer) fn reap() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
         let started = std::thread::Builder::new()
@@ -58,7 +58,7 @@ fn wait_for(pid: u32) {
 /// Kills what is left of a copy with these pids, waits until it is gone and its pids are free; gives
 /// how many processes that were.
 #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
-pub(super) fn kill(tasks: &[u32]) -> usize {
+pub(in crate::transfer) fn kill(tasks: &[u32]) -> usize {
     let own = std::process::id();
     let mut left: Vec<u32> = tasks
         .iter()

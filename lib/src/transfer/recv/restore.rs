@@ -8,12 +8,14 @@ use std::sync::mpsc as blocking;
 use crate::criu::{
     Canceller, CgroupMode, CriuError, CriuOptions, RestoreOptions, Stage, Verdict, Worker,
 };
+use crate::session::SessionError;
+use crate::transfer::TransferError;
 use crate::transfer::clock::Clock;
-use crate::wire;
+use crate::wire::{self, Failure, FailureCode};
 
 /// What happens during a restore, in order.
 #[derive(Debug)]
-pub(super) enum Moment {
+pub(in crate::transfer) enum Moment {
     /// The copy is built and held: it runs when [`Restoring::end`] says so.
     Held { pid: u32, at_ns: u64 },
     /// The copy was let go.
@@ -24,13 +26,13 @@ pub(super) enum Moment {
 
 /// A restore under way. Dropping it removes the copy, unless it was let go.
 #[derive(Debug)]
-pub(super) struct Restoring {
+pub(in crate::transfer) struct Restoring {
     verdict: blocking::Sender<Verdict>,
     canceller: Canceller,
 }
 
 impl Restoring {
-    pub(super) fn end(&self, verdict: Verdict) {
+    pub(in crate::transfer) fn end(&self, verdict: Verdict) {
         if verdict == Verdict::Refuse {
             self.canceller.cancel();
         }
@@ -45,8 +47,24 @@ impl Drop for Restoring {
     }
 }
 
+/// A copy that was let go.
+#[derive(Debug)]
+pub(in crate::transfer) struct Released {
+    pub(in crate::transfer) pid: u32,
+    /// What CRIU did not like after that, such as an old network lock.
+    pub(in crate::transfer) complaint: Option<String>,
+}
+
+/// An error of this host that the source can be told.
+pub(in crate::transfer) fn refused(code: FailureCode, reason: impl Into<String>) -> TransferError {
+    SessionError::Local(Failure::new(code, reason)).into()
+}
+
 /// CRIU's options as the source asks for them, with this host's own file, which wins.
-pub(super) fn options(asked: &wire::RestoreOptions, config_file: Option<&Path>) -> CriuOptions {
+pub(in crate::transfer) fn options(
+    asked: &wire::RestoreOptions,
+    config_file: Option<&Path>,
+) -> CriuOptions {
     CriuOptions {
         tcp_established: asked.tcp_established,
         shell_job: asked.shell_job,
@@ -62,14 +80,14 @@ pub(super) fn options(asked: &wire::RestoreOptions, config_file: Option<&Path>) 
 }
 
 /// Starts CRIU and lets it look around.
-pub(super) fn prepare(program: &Path) -> Result<Worker, CriuError> {
+pub(in crate::transfer) fn prepare(program: &Path) -> Result<Worker, CriuError> {
     let mut worker = Worker::start(program, None, None)?;
     worker.probe()?;
     Ok(worker)
 }
 
 /// Builds the copy from the images in `images`; logs go to `work`. Returns at once.
-pub(super) fn restore(
+pub(in crate::transfer) fn restore(
     worker: Worker,
     images: PathBuf,
     work: PathBuf,
@@ -95,6 +113,35 @@ pub(super) fn restore(
     Ok(restoring)
 }
 
+/// Builds the copy and lets it go as soon as it stands. Blocks.
+pub(in crate::transfer) fn at_once(
+    worker: Worker,
+    images: &Path,
+    work: &Path,
+    criu: CriuOptions,
+) -> Result<Released, CriuError> {
+    let mut worker = worker;
+    let (mut root, mut is_released) = (None, false);
+    let result = hold(&mut worker, images, work, criu, &mut |stage, pid| {
+        root = pid.or(root);
+        is_released |= stage == Stage::PostResume;
+        Verdict::GoOn
+    });
+    // As above: what it leaves is this process's from then on.
+    drop(worker);
+    match (result, root.filter(|_| is_released)) {
+        (Ok(pid), _) => Ok(Released {
+            pid,
+            complaint: None,
+        }),
+        (Err(error), Some(pid)) => Ok(Released {
+            pid,
+            complaint: Some(error.to_string()),
+        }),
+        (Err(error), None) => Err(error),
+    }
+}
+
 fn run(
     worker: &mut Worker,
     images: &Path,
@@ -104,16 +151,7 @@ fn run(
     verdicts: &blocking::Receiver<Verdict>,
     tell: &impl Fn(Moment),
 ) -> Result<u32, CriuError> {
-    let open = |path: &Path| {
-        File::open(path).map_err(|source| CriuError::Io {
-            pid: 0,
-            action: "open the directory of the images",
-            source,
-        })
-    };
-    let (images, work) = (open(images)?, open(work)?);
-    let options = RestoreOptions::new(images.as_fd(), work.as_fd(), criu);
-    let restored = worker.restore(&options, &mut |stage, pid| match stage {
+    hold(worker, images, work, criu, &mut |stage, pid| match stage {
         Stage::PostRestore => {
             tell(Moment::Held {
                 pid: pid.unwrap_or(0),
@@ -129,6 +167,24 @@ fn run(
             Verdict::GoOn
         }
         _ => Verdict::GoOn,
-    })?;
-    Ok(restored.pid)
+    })
+}
+
+fn hold(
+    worker: &mut Worker,
+    images: &Path,
+    work: &Path,
+    criu: CriuOptions,
+    decide: &mut dyn FnMut(Stage, Option<u32>) -> Verdict,
+) -> Result<u32, CriuError> {
+    let open = |path: &Path| {
+        File::open(path).map_err(|source| CriuError::Io {
+            pid: 0,
+            action: "open the directory of the images",
+            source,
+        })
+    };
+    let (images, work) = (open(images)?, open(work)?);
+    let options = RestoreOptions::new(images.as_fd(), work.as_fd(), criu);
+    Ok(worker.restore(&options, decide)?.pid)
 }
