@@ -15,6 +15,7 @@
 //!   alone or meets the other again. It does no I/O and is what the simulator runs.
 //! - [`journal`] keeps the records of one migration on one host.
 
+mod about;
 pub mod journal;
 pub mod state;
 

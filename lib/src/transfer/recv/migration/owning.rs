@@ -122,7 +122,7 @@ impl Driver<'_> {
                         .await;
                     Answer::Removed
                 }
-                DestinationDuty::Hold => Answer::Holds,
+                DestinationDuty::Hold | DestinationDuty::GiveBack => Answer::Holds,
                 DestinationDuty::Tell(answer) => answer,
             },
         };
@@ -154,7 +154,7 @@ impl Driver<'_> {
                 let why = "an operator decided that the source keeps it";
                 self.withdraw(why, happenings).await;
             }
-            DestinationDuty::Hold | DestinationDuty::Tell(_) => {}
+            DestinationDuty::Hold | DestinationDuty::GiveBack | DestinationDuty::Tell(_) => {}
         }
     }
 
