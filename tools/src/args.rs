@@ -1,6 +1,7 @@
 //! The command line: what may be written, and what `--help` teaches.
 
 mod migrate;
+mod recover;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use crate::exit;
 use crate::size::{Bytes, Rate};
 
 pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
+pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -47,6 +49,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     Recv(Box<RecvArgs>),
     Migrate(Box<MigrateArgs>),
+    Recover(Box<RecoverArgs>),
+    Status(StatusArgs),
     Send(SendArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
@@ -57,6 +61,8 @@ pub(crate) enum Command {
     Keygen(KeygenArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
+    #[command(hide = true)]
+    Guard(GuardArgs),
 }
 
 /// Receive image directories and, with --allow-restore, running process trees

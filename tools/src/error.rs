@@ -4,10 +4,12 @@ use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::preflight::Outcome;
 use crxfer::store::StoreError;
 use crxfer::transfer::TransferError;
+use crxfer::transfer::finish::FinishError;
 use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
 use crxfer::transport::IdentityError;
 
@@ -40,8 +42,16 @@ pub(crate) enum Failed {
     Unsound(String),
     /// Results could not be printed.
     Output(io::Error),
+    /// Records of migrations.
+    Journal(JournalError),
+    /// A migration could not be ended.
+    Finish(Box<FinishError>),
+    /// Migrations are still unfinished; what is known was printed.
+    Doubt(String),
     /// By a signal.
     Stopped,
+    /// By a signal, with migrations left as they were.
+    Interrupted,
 }
 
 impl Failed {
@@ -64,7 +74,10 @@ impl Failed {
             Self::Unresolved(_) => Exit::Connection,
             Self::Usage(_) => Exit::Usage,
             Self::Unsound(_) => Exit::Set,
-            Self::Stopped => Exit::Stopped,
+            Self::Journal(error) => error.into(),
+            Self::Finish(error) => error.as_ref().into(),
+            Self::Doubt(_) => Exit::InDoubt,
+            Self::Stopped | Self::Interrupted => Exit::Stopped,
         }
     }
 
@@ -80,6 +93,10 @@ impl Failed {
                 format!("cannot {what} {}: {source}", path.display())
             }
             Self::Usage(text) | Self::Unresolved(text) | Self::Unsound(text) => text.clone(),
+            Self::Journal(error) => with_causes(error),
+            Self::Finish(error) => with_causes(error.as_ref()),
+            Self::Doubt(left) => format!("still unfinished:\n  {left}"),
+            Self::Interrupted => "stopped; what was not ended is as it was".to_owned(),
             Self::Output(error) => format!("cannot print the result: {error}"),
             Self::Stopped => "stopped; sending again costs only \
                               what is missing"
@@ -148,6 +165,18 @@ impl From<StoreError> for Failed {
 impl From<IdentityError> for Failed {
     fn from(error: IdentityError) -> Self {
         Self::Identity(error)
+    }
+}
+
+impl From<JournalError> for Failed {
+    fn from(error: JournalError) -> Self {
+        Self::Journal(error)
+    }
+}
+
+impl From<FinishError> for Failed {
+    fn from(error: FinishError) -> Self {
+        Self::Finish(Box::new(error))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io;
 
+use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::live::LiveError;
 use crxfer::preflight::PreflightError;
@@ -10,6 +11,7 @@ use crxfer::session::SessionError;
 use crxfer::session::migration::Owner;
 use crxfer::store::StoreError;
 use crxfer::transfer::TransferError;
+use crxfer::transfer::finish::FinishError;
 use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
 use crxfer::transport::{
     AttemptError, BindError, CloseCode, ConnectError, IdentityError, TransportError,
@@ -87,7 +89,7 @@ impl Exit {
         ),
         (
             Self::InDoubt,
-            "migrate: the destination was told to go on and did not answer: look there first",
+            "migrate, recover: nobody knows yet whether the copy runs; the workload is held: crxfer recover",
         ),
         (
             Self::Hook,
@@ -146,6 +148,8 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Survey(PreflightError::Read { .. }) | MigrateError::Work { .. } => {
                 Self::Storage
             }
+            MigrateError::Journal(error) => error.into(),
+            MigrateError::Fence(_) => Self::Storage,
             MigrateError::Preflight(_) => Self::Preflight,
             MigrateError::Live(LiveError::RootGone { .. }) => Self::Content,
             MigrateError::Live(_) => Self::Storage,
@@ -155,6 +159,22 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Hook(_) => Self::Hook,
             MigrateError::GivenUp(_) => Self::GivenUp,
             MigrateError::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl From<&JournalError> for Exit {
+    fn from(_: &JournalError) -> Self {
+        Self::Storage
+    }
+}
+
+impl From<&FinishError> for Exit {
+    fn from(error: &FinishError) -> Self {
+        match error {
+            FinishError::Journal(error) => error.into(),
+            FinishError::Left { .. } => Self::InDoubt,
+            FinishError::Transfer(error) => error.into(),
         }
     }
 }

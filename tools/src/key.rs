@@ -45,6 +45,25 @@ pub(crate) fn state_directory() -> Option<PathBuf> {
     state_directory_of(variable, rustix::process::geteuid().is_root())
 }
 
+/// Where what belongs to this boot lies; `None` for who may not write there.
+pub(crate) fn run_directory() -> Option<PathBuf> {
+    const RUN: &str = "/run/crxfer";
+    let writable = |path: &Path| {
+        use rustix::fs::{Access, access};
+        access(path, Access::WRITE_OK | Access::EXEC_OK).is_ok()
+    };
+    let run = Path::new(RUN);
+    let nearest = if run.exists() { run } else { Path::new("/run") };
+    writable(nearest).then(|| run.to_owned())
+}
+
+/// Where records of migrations are, if nothing else is said.
+pub(crate) fn records() -> PathBuf {
+    run_directory()
+        .or_else(|| state_directory().map(|state| state.join("migrations")))
+        .unwrap_or_else(|| "/run/crxfer".into())
+}
+
 fn state_directory_of(variable: impl Fn(&str) -> Option<PathBuf>, root: bool) -> Option<PathBuf> {
     // The base directory specification has relative paths ignored.
     let absolute = |name: &str| variable(name).filter(|path| path.is_absolute());

@@ -12,6 +12,7 @@ mod migrate;
 mod output;
 mod pids;
 mod progress;
+mod recover;
 mod recv;
 mod send;
 mod sets;
@@ -60,6 +61,9 @@ fn run(command: Command) -> Result<(), Failed> {
             block_on(recv::run(*args), LAST_WORK)
         }
         Command::Migrate(args) => block_on(migrate::run(*args), LAST_READ),
+        Command::Recover(args) => block_on(recover::recover(*args), LAST_READ),
+        Command::Status(args) => recover::status(&args),
+        Command::Guard(args) => recover::guard(&args),
         Command::Send(args) => block_on(send::run(args), LAST_READ),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),

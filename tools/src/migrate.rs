@@ -12,6 +12,7 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use crxfer::transfer::Target;
+use crxfer::transfer::guard::GuardProgram;
 use crxfer::transfer::migrate::{
     MigrateError, MigrateEvents, MigrateOptions, MigrationReport, Outcome, migrate,
 };
@@ -24,9 +25,6 @@ use crate::error::Failed;
 use crate::output::{self, hint};
 use crate::stop::Stop;
 use crate::{key, target};
-
-/// Where the last images are made, if nothing else is said.
-const WORK: &str = "/run/crxfer";
 
 pub(crate) async fn run(args: MigrateArgs) -> Result<(), Failed> {
     let (as_json, file) = (args.json, args.report.clone());
@@ -116,6 +114,10 @@ fn options(
         bytes_per_s: args.link.bwlimit.map(|rate| rate.0),
         read_bytes_per_s: Some(args.link.read_limit.0),
         work: args.work.clone().unwrap_or_else(work_directory),
+        state: args.safety.state.clone().unwrap_or_else(key::records),
+        guard: own_guard(),
+        on_partition: args.safety.on_partition.into(),
+        partition_wait: args.safety.partition_wait,
         transport: args.transport.to_options(),
         stop,
         events: MigrateEvents::new(move |event| progress.take(event)),
@@ -124,21 +126,19 @@ fn options(
 
 /// `/run/crxfer`, or the temp directory: in both the library makes a directory of its own.
 fn work_directory() -> PathBuf {
-    let writable = |path: &Path| {
-        use rustix::fs::{Access, access};
-        access(path, Access::WRITE_OK | Access::EXEC_OK).is_ok()
-    };
-    let work = Path::new(WORK);
-    let nearest = if work.exists() {
-        work
-    } else {
-        Path::new("/run")
-    };
-    if writable(nearest) {
-        work.to_owned()
-    } else {
-        std::env::temp_dir()
-    }
+    key::run_directory().unwrap_or_else(std::env::temp_dir)
+}
+
+/// This program, again.
+pub(crate) fn own_guard() -> Option<GuardProgram> {
+    // Not its path: an update may have replaced it.
+    let program = PathBuf::from(format!("/proc/{}/exe", std::process::id()));
+    Some(GuardProgram {
+        program: fs::read_link(&program).map_or(program.clone(), |path| {
+            if path.exists() { path } else { program }
+        }),
+        args: vec!["guard".into()],
+    })
 }
 
 /// Whoever reads the file finds all of it.

@@ -5,7 +5,9 @@
 //! until the address has moved: without it the kernel resets the connections), and wherever CRIU was
 //! killed.
 
+use std::collections::HashSet;
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::process::{Command, Stdio};
 
 /// CRIU formats `inet CRIU-ID` into 32 bytes, so that what is behind is cut off.
@@ -28,6 +30,9 @@ pub enum LockError {
         /// What `nft` says.
         message: String,
     },
+    /// `nft` does not show what there is.
+    #[error("nft cannot list CRIU's tables: {0}")]
+    Unreadable(String),
 }
 
 /// Name of the table, of family inet, that the dump with this id makes.
@@ -46,24 +51,86 @@ pub fn nftables_table(run_id: &str) -> Result<String, LockError> {
 
 /// Removes that table from this network namespace; false if there was none.
 pub fn remove_nftables_lock(run_id: &str) -> Result<bool, LockError> {
-    let table = nftables_table(run_id)?;
+    remove_table(&nftables_table(run_id)?)
+}
+
+/// Removes a table of family inet from this network namespace; false if there was none.
+pub(crate) fn remove_table(table: &str) -> Result<bool, LockError> {
+    match nft(&["delete", "table", "inet", table])? {
+        Ok(_) => Ok(true),
+        Err(message) if message.contains("No such file or directory") => Ok(false),
+        Err(message) => Err(LockError::Refused {
+            table: table.to_owned(),
+            message: first_line(&message),
+        }),
+    }
+}
+
+/// Names of the tables in this network namespace that CRIU has made, of whatever dump.
+pub fn nftables_locks() -> Result<Vec<String>, LockError> {
+    let text = nft(&["list", "tables", "inet"])?.map_err(unreadable)?;
+    let tables = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("table inet "));
+    let tables = tables.filter(|table| table.starts_with("CRIU-"));
+    Ok(tables.map(|table| table.trim().to_owned()).collect())
+}
+
+/// What one of CRIU's tables keeps silent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Silenced {
+    /// All of its network namespace: the lock of a tree that has one of its own.
+    pub(crate) all: bool,
+    /// The two ends of each connection, each connection in both orders.
+    pub(crate) connections: HashSet<(SocketAddr, SocketAddr)>,
+}
+
+/// What the table keeps silent, in this network namespace.
+pub(crate) fn silenced_by(table: &str) -> Result<Silenced, LockError> {
+    let text = nft(&["list", "table", "inet", table])?.map_err(unreadable)?;
+    Ok(silenced(&text))
+}
+
+// Elements of sets are `ADDRESS . PORT . ADDRESS . PORT`, several on a line, between braces.
+fn silenced(text: &str) -> Silenced {
+    let elements = text.split(['{', '}', ',']).filter_map(|element| {
+        let mut parts = element.split_whitespace().filter(|part| *part != ".");
+        let mut end = || -> Option<SocketAddr> {
+            let address: IpAddr = parts.next()?.parse().ok()?;
+            let port = parts.next()?.parse().ok()?;
+            Some(SocketAddr::new(address.to_canonical(), port))
+        };
+        Some((end()?, end()?))
+    });
+    Silenced {
+        all: text.contains("policy drop"),
+        connections: elements.collect(),
+    }
+}
+
+/// What `nft` prints, or says where it refuses. Addresses and ports come as numbers.
+fn nft(arguments: &[&str]) -> Result<Result<String, String>, LockError> {
     let output = Command::new("nft")
-        .args(["delete", "table", "inet", &table])
+        .arg("--numeric")
+        .args(arguments)
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .output()
         .map_err(LockError::Start)?;
-    if output.status.success() {
-        return Ok(true);
-    }
-    let message = String::from_utf8_lossy(&output.stderr);
-    if message.contains("No such file or directory") {
-        return Ok(false);
-    }
-    Err(LockError::Refused {
-        table,
-        message: super::log::printable(message.lines().next().unwrap_or("")),
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok(if output.status.success() {
+        Ok(text(&output.stdout))
+    } else {
+        Err(text(&output.stderr))
     })
+}
+
+fn first_line(message: &str) -> String {
+    super::log::printable(message.lines().next().unwrap_or(""))
+}
+
+fn unreadable(message: String) -> LockError {
+    LockError::Unreadable(first_line(&message))
 }
 
 #[cfg(test)]
@@ -85,5 +152,30 @@ mod tests {
                 "{id:?}"
             );
         }
+    }
+
+    #[test]
+    fn what_a_table_keeps_silent_is_read() {
+        let text = "table inet CRIU-ea99a10d {\n\tset conns4 {\n\
+            \t\ttype ipv4_addr . inet_service . ipv4_addr . inet_service\n\
+            \t\telements = { 192.0.2.1 . 11999 . 192.0.2.2 . 57294,\n\
+            \t\t\t     192.0.2.2 . 57294 . 192.0.2.1 . 11999 }\n\t}\n\
+            \tset conns6 {\n\t\telements = { 2001:db8::1 . 1 . ::ffff:192.0.2.9 . 2 }\n\t}\n\
+            \tchain input {\n\t\ttype filter hook input priority 0; policy accept;\n\t}\n}\n";
+        let found = silenced(text);
+        let pair = |one: &str, other: &str| (one.parse().unwrap(), other.parse().unwrap());
+        assert_eq!(found.connections.len(), 3);
+        assert!(
+            found
+                .connections
+                .contains(&pair("192.0.2.1:11999", "192.0.2.2:57294"))
+        );
+        assert!(
+            found
+                .connections
+                .contains(&pair("[2001:db8::1]:1", "192.0.2.9:2"))
+        );
+        assert!(!found.all);
+        assert!(silenced("chain input { type filter; policy drop; }").all);
     }
 }

@@ -5,6 +5,7 @@
 )]
 
 mod scan;
+mod socket;
 mod spawn;
 
 use std::fs::File;
@@ -12,6 +13,7 @@ use std::io;
 use std::path::Path;
 
 pub(crate) use scan::{Region, Wanted, category, pagemap_scan, same_memory};
+pub(crate) use socket::{end_tcp_repair, is_in_tcp_repair};
 #[cfg(feature = "net")]
 pub(crate) use spawn::own_session;
 pub(crate) use spawn::pass_descriptors;

@@ -72,9 +72,19 @@ impl Process {
     }
 }
 
-// A process whose first thread has ended looks like a zombie while the others run.
+// A process whose first thread has ended looks like a zombie while the others run. They, too, stay
+// as zombies while a tracer sleeps that has not asked how they ended.
 fn has_threads(pid: u32) -> bool {
-    std::fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return false;
+    };
+    let lives = |stat: Stat| !matches!(stat.state, 'Z' | 'X');
+    threads.flatten().any(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat"));
+        stat.ok()
+            .and_then(|text| Stat::parse(&text))
+            .is_some_and(lives)
+    })
 }
 
 impl Tree {

@@ -10,6 +10,9 @@ pub mod copy;
 pub mod fence;
 pub mod heal;
 mod identity;
+mod network;
+#[cfg(test)]
+mod testing;
 
 use std::time::{Duration, Instant};
 

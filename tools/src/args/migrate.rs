@@ -11,6 +11,7 @@ use crxfer::identity::Fingerprint;
 use crxfer::precopy::{Goals, OnSlow};
 use crxfer::transfer::migrate::Precopy;
 
+use super::recover::SafetyArgs;
 use super::{TransportArgs, set_name};
 use crate::exit;
 use crate::size::Rate;
@@ -29,7 +30,11 @@ Examples:
 /// whatever goes wrong leaves it running here, and nothing there. Both sides are checked first
 /// (--dry-run: only that). Needs root and CRIU on both hosts.
 ///
-/// Ctrl-C stops it: the workload runs on here.
+/// Each step is recorded before it is taken, and a guard goes on where this command dies: one copy
+/// runs, never two. Where only the operator can say which, it is held until `crxfer recover`.
+///
+/// Ctrl-C stops it: the workload runs on here. In the moment in which nobody knows whether the copy
+/// runs, it leaves the workload held, and the guard goes on.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, after_long_help = exit::help(EXAMPLES))]
 pub(crate) struct MigrateArgs {
@@ -77,6 +82,9 @@ pub(crate) struct MigrateArgs {
 
     #[command(flatten)]
     pub(crate) goals: GoalArgs,
+
+    #[command(flatten)]
+    pub(crate) safety: SafetyArgs,
 
     #[command(flatten)]
     pub(crate) criu: CriuArgs,
@@ -334,7 +342,7 @@ fn cgroup_mode(word: &str) -> Result<CgroupMode, String> {
         .ok_or_else(|| "there are ignore, none, props, soft, full and strict".to_owned())
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     time(text, 1.0, "seconds, such as 10 or 0.5")
 }
 

@@ -123,6 +123,10 @@ pub(in crate::transfer) fn release(
     if let Some(fence) = &about.fence {
         let opened = fence.open(&about.tree);
         opened.map_err(|error| format!("the fence around the workload does not open: {error}"))?;
+        if was_frozen {
+            // What was stopped behind it can be seen, and woken, only now.
+            tree::heal::heal(&about.tree, about.run_id.as_deref(), &about.foreign_tables);
+        }
     }
     let held = || {
         let left = about.tree.left().into_iter();

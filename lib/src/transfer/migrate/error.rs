@@ -82,6 +82,7 @@ impl From<FencingError> for MigrateError {
         match error {
             FencingError::Journal(error) => error.into(),
             FencingError::Fence(error) => error.into(),
+            let_go @ FencingError::LetGo => Self::Memory(let_go.to_string()),
         }
     }
 }

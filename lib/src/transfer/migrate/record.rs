@@ -14,6 +14,9 @@ pub(super) enum FencingError {
     Journal(#[from] JournalError),
     #[error(transparent)]
     Fence(#[from] FenceError),
+    /// It may have run on after it was dumped.
+    #[error("CRIU died before the workload was fenced: what was sent may be out of date")]
+    LetGo,
 }
 
 /// Journal and header of one migration.
@@ -82,7 +85,11 @@ impl Records {
             self.advance(SourceState::Fencing, "")?;
             fence.close(&about.tree)?;
         }
-        Ok(())
+        // Only now: what CRIU holds behind a closed fence has not run since it was dumped.
+        match still_held(&about) {
+            true => Ok(()),
+            false => Err(FencingError::LetGo),
+        }
     }
 
     // The tree of the survey may have more processes by now.
@@ -95,5 +102,58 @@ impl Records {
             }
             about.run_id = run_id.or(about.run_id.take());
         })
+    }
+}
+
+/// Whether CRIU has every process of the tree.
+fn still_held(about: &SourceAbout) -> bool {
+    let Some(criu) = about.criu else {
+        // Nobody can say; it was not found when it was started.
+        return false;
+    };
+    let held = |process: &Process| {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid));
+        let status = status.unwrap_or_default();
+        let tracer = status
+            .lines()
+            .find_map(|line| line.strip_prefix("TracerPid:"));
+        tracer.and_then(|pid| pid.trim().parse().ok()) == Some(criu.pid)
+    };
+    // Zombies of the tree are nobody's to hold.
+    criu.is_there() && about.tree.left().iter().all(held)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::handover::OnPartition;
+
+    #[test]
+    fn a_tree_without_its_tracer_may_have_run() {
+        let mut child = Command::new("sleep").arg("30").spawn().expect("sleep");
+        let mut about = SourceAbout {
+            name: "sample".to_owned(),
+            tree: Tree::of([child.id()]),
+            addresses: Vec::new(),
+            peer: String::new(),
+            identity: "/nonexistent".into(),
+            work: "/nonexistent".into(),
+            run_id: None,
+            foreign_tables: Vec::new(),
+            criu: None,
+            fence: None,
+            on_partition: OnPartition::Hold,
+            partition_wait_ms: 0,
+            bound: Vec::new(),
+        };
+        assert!(!still_held(&about));
+        // It is there, and traces nobody.
+        about.criu = Process::of(std::process::id());
+        assert!(!still_held(&about));
+        child.kill().expect("ours");
+        child.wait().expect("ours");
+        assert!(still_held(&about), "nothing is left to be held");
     }
 }
