@@ -11,7 +11,7 @@ use crxfer::hooks::{Hooks, Side};
 use crxfer::image::{PageFlags, PageRun, PagemapName};
 use crxfer::page::PageSize;
 use crxfer::preflight::{self, Choices};
-use crxfer::ticket::{Role, proof};
+use crxfer::ticket::{Role, Ticket, proof};
 use crxfer::transfer::{ReceiveOptions, RestoreHost};
 use crxfer::transport::{self, BulkSender, Connection, ControlReceiver, ControlSender};
 use crxfer::wire::{
@@ -69,7 +69,7 @@ impl Drop for Program {
     }
 }
 
-fn host(dir: &Path) -> ReceiveOptions {
+pub(crate) fn host(dir: &Path) -> ReceiveOptions {
     ReceiveOptions {
         restore: Some(RestoreHost {
             program: "criu".into(),
@@ -105,7 +105,7 @@ fn offer(id: u8, facts: &[u8]) -> Offer {
     }
 }
 
-struct FakeSource {
+pub(crate) struct FakeSource {
     _connection: Connection,
     control: ControlSender,
     messages: ControlReceiver,
@@ -114,7 +114,10 @@ struct FakeSource {
 
 impl FakeSource {
     async fn connect(to: &Destination, peer: &Peer) -> Self {
-        let ticket = to.ticket();
+        Self::connect_to(&to.ticket(), peer).await
+    }
+
+    pub(crate) async fn connect_to(ticket: &Ticket, peer: &Peer) -> Self {
         let options = transport::Options::default();
         let (identity, keys) = (peer.identity(), [ticket.fingerprint()]);
         let connection = transport::connect(ticket.addresses(), &identity, &keys, &options);
@@ -146,15 +149,15 @@ impl FakeSource {
         source
     }
 
-    async fn say(&mut self, message: Message) {
+    pub(crate) async fn say(&mut self, message: Message) {
         let _ = self.control.write_message(&message.encode()).await;
     }
 
-    async fn step(&mut self, step: Step) {
+    pub(crate) async fn step(&mut self, step: Step) {
         self.say(Message::Migration(step)).await;
     }
 
-    async fn hear(&mut self) -> Message {
+    pub(crate) async fn hear(&mut self) -> Message {
         let heard = async {
             loop {
                 let read = self.messages.read_message(limits::CONTROL_MESSAGE).await;
@@ -168,7 +171,7 @@ impl FakeSource {
         heard.expect("an answer within 30 s")
     }
 
-    async fn offer(&mut self, offer: Offer) -> Offered {
+    pub(crate) async fn offer(&mut self, offer: Offer) -> Offered {
         self.step(Step::Offer(Box::new(offer))).await;
         match self.hear().await {
             Message::Migration(Step::Offered(offered)) => offered,
@@ -184,7 +187,7 @@ impl FakeSource {
         }
     }
 
-    async fn bytes(&mut self, bytes: Vec<u8>) {
+    pub(crate) async fn bytes(&mut self, bytes: Vec<u8>) {
         let _ = self.bulk.write(Bytes::from(bytes)).await;
     }
 
@@ -205,7 +208,7 @@ impl FakeSource {
         self.bytes(frame(set, 0, segment, ops, raw)).await;
     }
 
-    async fn ready(&mut self) {
+    pub(crate) async fn ready(&mut self) {
         self.step(Step::PrepareFinal(1)).await;
         let heard = self.hear().await;
         assert_eq!(heard, Message::Migration(Step::FinalReady));
@@ -408,7 +411,7 @@ async fn what_no_source_sends_ends_its_migration_only() {
     scene.to.stop().await;
 }
 
-fn encode(record: Record) -> Vec<u8> {
+pub(crate) fn encode(record: Record) -> Vec<u8> {
     match record {
         Record::Note(note) => note.encode(),
         Record::Frame(it) => frame(1, it.object, it.segment, &it.ops, &it.literal),

@@ -7,6 +7,7 @@ mod hostile_source;
 mod images;
 mod interrupted;
 mod layouts;
+mod meeting;
 mod peers;
 mod remembered;
 mod support;

@@ -21,6 +21,9 @@ use crate::tree::{Process, boot_id, copy};
 /// How long a CRIU that has lost its caller may take to remove the copy it holds, or to let it run.
 const CRIU_TIME: Duration = Duration::from_secs(10);
 
+/// How long the dead may hold their pids.
+const PIDS_TIME: Duration = Duration::from_secs(5);
+
 /// Between looks at it.
 const SHORTLY: Duration = Duration::from_millis(10);
 
@@ -225,6 +228,7 @@ pub(in crate::transfer) fn bring_to_life(
             images.display()
         )
     };
+    await_pids(about);
     check_images(&images).map_err(|error| advice(error.to_string()))?;
     let ran = hooks.run(hooks::Moment::AddressPrepare, &environment(about, None));
     ran.map_err(|error| advice(error.to_string()))?;
@@ -356,6 +360,21 @@ fn await_end(criu: Process) {
             copy::remove(&[criu]);
             return;
         }
+        std::thread::sleep(SHORTLY);
+    }
+}
+
+// A killed copy holds its pids until whoever is its parent now has taken note of its end.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a driver: it waits for other processes"
+)]
+fn await_pids(about: &DestinationAbout) {
+    let tree = facts_of(about).tree;
+    let begun = Instant::now();
+    let is_taken = |pid: &u32| orphans::is_dead(*pid);
+    while !tree.own_pid_namespace && tree.tasks.iter().any(is_taken) && begun.elapsed() < PIDS_TIME
+    {
         std::thread::sleep(SHORTLY);
     }
 }

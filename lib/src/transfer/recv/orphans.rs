@@ -49,6 +49,16 @@ fn reap_foreign() {
     }
 }
 
+/// Whether this process has ended, and its pid is not free yet. It is reaped where it is this
+/// process's to reap.
+pub(in crate::transfer) fn is_dead(pid: u32) -> bool {
+    let is_dead = || matches!(state_of(pid), Some('Z' | 'X'));
+    is_dead() && {
+        wait_for(pid);
+        is_dead()
+    }
+}
+
 fn wait_for(pid: u32) {
     if let Some(pid) = to_pid(pid) {
         let _ = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);

@@ -1,6 +1,7 @@
 //! Programs that are moved while clients use them: one copy runs, with all that clients were told.
 
 mod crashes;
+mod held;
 mod pre_dumps;
 mod programs;
 mod scripts;
@@ -35,6 +36,7 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
     pre_dumps::cases(context, report);
     trouble::cases(context, report);
     crashes::cases(context, report);
+    held::cases(context, report);
     zdtm::cases(context, report);
 }
 
