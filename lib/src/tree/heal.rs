@@ -46,7 +46,7 @@ pub fn lock_tables(pid: u32) -> Vec<String> {
 
 /// Takes the tree's sockets out of repair mode and removes CRIU's network lock: the table of
 /// `run_id` where that is known, else those that are not in `foreign` and name one of the tree's
-/// connections. Wakes what CRIU left stopped. To be repeated without harm.
+/// connections, or nothing while no CRIU is at work. Wakes what CRIU left stopped. To be repeated without harm.
 ///
 /// Call it only when CRIU is gone. The tree may be frozen meanwhile, and should be where it is
 /// behind a fence; but what is stopped cannot be seen behind a fence of cgroup v1.
@@ -257,10 +257,26 @@ impl Lock<'_> {
         let Ok(silenced) = network_lock::silenced_by(table) else {
             return false;
         };
+        if silenced.is_nothing() {
+            // CRIU was killed before it came to a connection; or another one is at work.
+            return !a_criu_runs();
+        }
         // A lock of everything is that of a tree with a network namespace of its own.
         let all = silenced.all && !own_namespace;
         all || !silenced.connections.is_disjoint(self.connections)
     }
+}
+
+/// Whether there is a CRIU in this thread's network namespace.
+fn a_criu_runs() -> bool {
+    let own = network::own_name();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.any(|pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line);
+        network_lock::is_criu(line.split('\0')) && network::name_of(pid) == own
+    })
 }
 
 /// Continues a process that is stopped and has no tracer any more.
