@@ -77,7 +77,8 @@ impl Crxfer {
         other
     }
 
-    fn command(&self, place: Place<'_>) -> Command {
+    /// It, with its environment, to be given a verb.
+    pub(crate) fn command(&self, place: Place<'_>) -> Command {
         let mut command = place.command(&self.program);
         let variables = self.environment.iter();
         command.envs(variables.map(|(name, value)| (name.as_str(), value.as_str())));
@@ -358,6 +359,23 @@ impl Receiver {
     /// Whether it still runs.
     pub(crate) fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// What it says goes there.
+    pub(crate) fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// Asks it to end, as a service manager would, and waits for that.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        let pid = match self.inside {
+            true => hosts::only_child(self.child.id()).unwrap_or(0),
+            false => i32::try_from(self.child.id())?,
+        };
+        hosts::terminate(pid);
+        run::wait_for("crxfer recv to end", Duration::from_secs(10), || {
+            (!self.is_running()).then_some(())
+        })
     }
 
     /// Kills it, as a crash or a power cut would.

@@ -239,6 +239,22 @@ impl Host {
         Path::new(&format!("/proc/{}/root", self.init)).join(inside)
     }
 
+    /// Has the next processes of this host get pids above `pid`.
+    pub(crate) fn next_pids(&self, pid: u32) -> Result<()> {
+        self.write("/proc/sys/kernel/ns_last_pid", &pid.to_string())
+    }
+
+    /// What is mounted here, a line each.
+    pub(crate) fn mounts(&self) -> Result<Vec<String>> {
+        let table = fs::read_to_string(format!("/proc/{}/mounts", self.init))?;
+        Ok(table.lines().map(str::to_owned).collect())
+    }
+
+    /// The pid namespace, as links in /proc name it.
+    pub(crate) fn pid_namespace(&self) -> Option<PathBuf> {
+        fs::read_link(format!("/proc/{}/ns/pid", self.init)).ok()
+    }
+
     fn write(&self, path: &str, text: &str) -> Result<()> {
         let mut command = self.command("sh");
         run::quiet(command.args(["-c", r#"echo "$1" >"$0""#, path, text])).map(drop)
@@ -372,6 +388,20 @@ pub(crate) fn only_child(parent: u32) -> Result<i32> {
 pub(crate) fn kill(pid: i32) {
     if let Some(pid) = Pid::from_raw(pid) {
         let _ = rustix::process::kill_process(pid, Signal::KILL);
+    }
+}
+
+/// Sends SIGTERM to a process by its pid outside; one that is gone is no error.
+pub(crate) fn terminate(pid: i32) {
+    if let Some(pid) = Pid::from_raw(pid) {
+        let _ = rustix::process::kill_process(pid, Signal::TERM);
+    }
+}
+
+/// Has a stopped process go on, by its pid outside; one that is gone is no error.
+pub(crate) fn go_on(pid: u32) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, Signal::CONT);
     }
 }
 

@@ -14,6 +14,7 @@ mod crxfer;
 mod demo;
 mod e2e;
 mod hosts;
+mod kill;
 mod licences;
 mod proto;
 mod run;
@@ -43,6 +44,8 @@ enum Command {
     Test(tests::Options),
     /// Run only the end-to-end tests (root and CRIU)
     E2e(e2e::Options),
+    /// Kill or cut something in each of many migrations, and see that exactly one copy survives
+    KillTest(kill::Options),
     /// Measure whole transfers against a bare QUIC copy
     Bench(bench::Options),
     /// Run everything that a change must pass
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => tests::run(&options),
         Command::E2e(options) => e2e::run(&options),
+        Command::KillTest(options) => kill::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Ci => ci::run(),
         Command::InstallCriu { options } => criu::install(&options),

@@ -40,7 +40,7 @@ ip address replace SERVICE/32 dev lo
 ";
 const ANNOUNCE: &str = "#!/bin/sh
 echo 0 >/proc/sys/net/ipv4/conf/all/arp_ignore
-setsid arping -q -c 2 -A -I eth0 -s SERVICE SERVICE </dev/null >/dev/null 2>&1 &
+setsid arping -q -c TIMES -A -I eth0 -s SERVICE SERVICE </dev/null >/dev/null 2>&1 &
 ";
 const WITHDRAW: &str = "#!/bin/sh
 echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore
@@ -54,6 +54,16 @@ pub(crate) enum Side {
     B,
 }
 
+impl Side {
+    /// The one on the other end of the line.
+    pub(crate) fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+}
+
 /// Two hosts for the service and one for its clients. Dropping it ends everything that runs on them.
 #[derive(Debug)]
 pub(crate) struct Network {
@@ -65,6 +75,12 @@ pub(crate) struct Network {
 impl Network {
     /// Starts the three hosts with the service address on A. Needs root.
     pub(crate) fn new(rate: Rate) -> Result<Self> {
+        Self::announcing(rate, 2)
+    }
+
+    /// The same, where a host that gets the address says so `times` times, a second apart. Once is what
+    /// moves to and fro need: a late word of the host before misleads clients.
+    pub(crate) fn announcing(rate: Rate, times: u32) -> Result<Self> {
         let hosts = Hosts::apart()?;
         let c = Host::start("C", Ipv4Addr::new(10, 77, 0, 3), FIRST_PID_C)?;
         let network = Self {
@@ -80,7 +96,8 @@ impl Network {
             ("withdraw", WITHDRAW),
         ] {
             let file = network.script(name);
-            fs::write(&file, text.replace("SERVICE", &SERVICE.to_string()))?;
+            let text = text.replace("SERVICE", &SERVICE.to_string());
+            fs::write(&file, text.replace("TIMES", &times.to_string()))?;
             fs::set_permissions(&file, fs::Permissions::from_mode(0o755))?;
         }
         network.prepare(&network.hosts.a)?;
@@ -125,6 +142,37 @@ impl Network {
     /// Takes the service address from `host`.
     pub(crate) fn withdraw(&self, host: &Host) -> Result<()> {
         run::quiet(&mut host.command(self.script("withdraw"))).map(drop)
+    }
+
+    /// Lets A and B no longer reach each other, or again; clients reach both all the time.
+    pub(crate) fn part(&self, parted: bool) -> Result<()> {
+        let state = if parted { "on" } else { "off" };
+        for port in ["port-a", "port-b"] {
+            let words = ["link", "set", "dev", port, "type", "bridge_slave"];
+            let mut command = self.c.network_command("ip");
+            run::quiet(command.args(words).args(["isolated", state]))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the line of one host out of the switch, or puts it back: nobody reaches it.
+    pub(crate) fn plug(&self, side: Side, plugged: bool) -> Result<()> {
+        let port = match side {
+            Side::A => "port-a",
+            Side::B => "port-b",
+        };
+        let state = if plugged { "up" } else { "down" };
+        let mut command = self.c.network_command("ip");
+        run::quiet(command.args(["link", "set", port, state])).map(drop)
+    }
+
+    /// Has TCP try again at least every second on all three hosts, for connections made from now on:
+    /// after a standstill clients go on at once.
+    pub(crate) fn retry_soon(&self) -> Result<()> {
+        for host in [&self.hosts.a, &self.hosts.b, &self.c] {
+            host.write("/proc/sys/net/ipv4/tcp_rto_max_ms", "1000")?;
+        }
+        Ok(())
     }
 
     pub(crate) fn host(&self, side: Side) -> &Host {

@@ -39,24 +39,29 @@ impl Values {
 
     /// The current value of key `index`.
     pub(crate) fn value(&self, index: usize) -> Vec<u8> {
-        let (key, sequence) = (Self::key(index), self.sequence[index]);
+        Self::version(self.size, index, self.sequence[index])
+    }
+
+    /// The value of `size` bytes that key `index` has when it is written for the `sequence`-th time.
+    pub(crate) fn version(size: usize, index: usize, sequence: u32) -> Vec<u8> {
+        let key = Self::key(index);
         let mut state = checksum(format!("{key}/{sequence}").as_bytes());
-        let mut body = Vec::with_capacity(self.size);
+        let mut body = Vec::with_capacity(size);
         // Half of it is like text, half like noise: memory of real programs is between the two.
-        while body.len() < self.size / 2 {
+        while body.len() < size / 2 {
             state = next(state);
             body.extend_from_slice(
                 format!("{key} has number {} of {sequence}; ", state % 1000).as_bytes(),
             );
         }
-        while body.len() < self.size {
+        while body.len() < size {
             state = next(state);
             body.extend_from_slice(&state.to_le_bytes());
         }
         let head = format!("{key} {sequence} {:016x} ", checksum(&body));
         let mut value = head.into_bytes();
         value.extend_from_slice(&body);
-        value.truncate(self.size);
+        value.truncate(size);
         value
     }
 
@@ -76,6 +81,19 @@ impl Values {
         let index = usize::try_from(self.choice >> 32).unwrap_or(0) % self.len();
         self.sequence[index] += 1;
         index
+    }
+
+    /// Which version of key `index` a store gave; fails where it is none, or not all of one.
+    pub(crate) fn version_of(index: usize, found: &[u8]) -> Result<u32> {
+        let shown = || String::from_utf8_lossy(&found[..found.len().min(40)]).into_owned();
+        let mut words = found.splitn(3, |&byte| byte == b' ').map(str::from_utf8);
+        let (Some(Ok(_)), Some(Ok(sequence))) = (words.next(), words.next()) else {
+            bail!("{} has a strange value: {:?}", Self::key(index), shown())
+        };
+        match sequence.parse() {
+            Ok(sequence) if found == Self::version(found.len(), index, sequence) => Ok(sequence),
+            _ => bail!("{} has a damaged value: {:?}", Self::key(index), shown()),
+        }
     }
 
     /// Compares what a store gave for key `index`.
@@ -122,6 +140,16 @@ mod tests {
         assert_eq!(values.change(0, 4), vec![0, 4, 8]);
         assert!(values.compare(4, &old).is_err());
         assert!(values.compare(5, &values.value(6)).is_err());
+    }
+
+    #[test]
+    fn value_tells_its_version_unless_a_byte_of_it_is_wrong() {
+        let mut value = Values::version(500, 4, 77);
+        assert_eq!(Values::version_of(4, &value).expect("whole"), 77);
+        assert!(Values::version_of(5, &value).is_err());
+        value[499] ^= 1;
+        assert!(Values::version_of(4, &value).is_err());
+        assert!(Values::version_of(4, b"").is_err());
     }
 
     #[test]
