@@ -155,7 +155,7 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Live(_) => Self::Storage,
             MigrateError::Dump { .. } => Self::Storage,
             MigrateError::Image(_) => Self::Content,
-            MigrateError::Criu(_) | MigrateError::Memory(_) => Self::Criu,
+            MigrateError::Criu(_) | MigrateError::Memory(_) | MigrateError::LetGo => Self::Criu,
             MigrateError::Hook(_) => Self::Hook,
             MigrateError::GivenUp(_) => Self::GivenUp,
             MigrateError::Stopped => Self::Stopped,

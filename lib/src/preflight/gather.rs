@@ -75,6 +75,7 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
         }
     }
     let supervisor = supervisor(root, &tree, &all);
+    let fence = crate::tree::Fence::is_possible(&crate::tree::Tree::of(tree.iter().copied()));
     let mut host = this_host();
     host.criu = criu_version(&choices.criu);
     let unix_peers = if reading.tree.own_net_namespace {
@@ -104,6 +105,7 @@ pub fn gather(root: u32, choices: &Choices) -> Result<Survey, PreflightError> {
         privileged: is_privileged(),
         shares_ipc: same_namespace(root, "ipc"),
         supervisor,
+        unfenced: fence.err().map(|error| error.to_string()),
         in_flight,
         unix_peers,
     })

@@ -24,6 +24,7 @@ pub fn check_source(survey: &Survey) -> Vec<Check> {
         connections(survey),
         network_lock(survey),
         supervisor(survey),
+        fence(survey),
     ]
 }
 
@@ -338,6 +339,23 @@ fn network_lock(survey: &Survey) -> Check {
             "CRIU cannot use nftables here; iptables adds about {cost} ms of downtime for {count} connections"
         ),
         "use a CRIU built with nftables, and a kernel with nf_tables",
+    )
+}
+
+/// What holds the tree when CRIU dies in the moment of the hand-over.
+fn fence(survey: &Survey) -> Check {
+    const NAME: &str = "fence";
+    let Some(why) = &survey.unfenced else {
+        return Check::passed(NAME, "the kernel can hold the workload still");
+    };
+    Check::guarded(
+        NAME,
+        survey.choices.force,
+        format!(
+            "nothing could hold the workload if CRIU died in the hand-over, and it would run twice: {why}"
+        ),
+        "mount cgroup v2 (mount -t cgroup2 none /sys/fs/cgroup/unified) or the freezer of v1, \
+         writable here",
     )
 }
 

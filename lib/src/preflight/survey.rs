@@ -72,6 +72,8 @@ pub struct Survey {
     pub shares_ipc: bool,
     /// What would notice that the workload is gone and start it again.
     pub supervisor: Option<Supervisor>,
+    /// Why the kernel's freezer cannot hold the tree; `None` where it can.
+    pub unfenced: Option<String>,
     /// Connections that are only being made.
     pub in_flight: u32,
     /// Other ends of the tree's UNIX sockets that are not in the tree.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crxfer::criu::CriuOptions;
+use crxfer::handover::OnPartition;
 use crxfer::hooks::{Hooks, Side};
 use crxfer::precopy::Goals;
 use crxfer::preflight;
@@ -276,6 +277,10 @@ fn options(pid: u32, work: &Path, target: Target, events: MigrateEvents) -> Migr
         bytes_per_s: None,
         read_bytes_per_s: None,
         work: work.to_owned(),
+        state: work.join("state"),
+        guard: None,
+        on_partition: OnPartition::Hold,
+        partition_wait: Duration::from_secs(60),
         transport: transport::Options::default(),
         stop: stopped,
         events,

@@ -69,10 +69,10 @@ pub(super) fn find(places: &PlaceArgs) -> Result<Vec<Found>, Failed> {
     Ok(found)
 }
 
-fn open<S: State>(
-    root: &Path,
-    id: MigrationId,
-) -> Result<Option<(Journal<S>, History<S>, bool)>, Failed> {
+/// A journal, what it says, and whether somebody has it.
+type Opened<S> = (Journal<S>, History<S>, bool);
+
+fn open<S: State>(root: &Path, id: MigrationId) -> Result<Option<Opened<S>>, Failed> {
     let Some(journal) = Journal::<S>::open(root, id)? else {
         return Ok(None);
     };

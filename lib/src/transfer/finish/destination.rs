@@ -21,9 +21,6 @@ use crate::tree::{Process, boot_id, copy};
 /// How long a CRIU that has lost its caller may take to remove the copy it holds, or to let it run.
 const CRIU_TIME: Duration = Duration::from_secs(10);
 
-/// How long the dead may hold their pids.
-const PIDS_TIME: Duration = Duration::from_secs(5);
-
 /// Between looks at it.
 const SHORTLY: Duration = Duration::from_millis(10);
 
@@ -365,18 +362,17 @@ fn await_end(criu: Process) {
 }
 
 // A killed copy holds its pids until whoever is its parent now has taken note of its end.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a driver: it waits for other processes"
-)]
 fn await_pids(about: &DestinationAbout) {
     let tree = facts_of(about).tree;
-    let begun = Instant::now();
-    let is_taken = |pid: &u32| orphans::is_dead(*pid);
-    while !tree.own_pid_namespace && tree.tasks.iter().any(is_taken) && begun.elapsed() < PIDS_TIME
-    {
-        std::thread::sleep(SHORTLY);
+    if tree.own_pid_namespace {
+        return;
     }
+    let dead = tree
+        .tasks
+        .into_iter()
+        .filter(|&pid| Process::of(pid).is_none());
+    let dead: Vec<_> = dead.filter_map(Process::dead_or_alive).collect();
+    copy::remove(&dead);
 }
 
 fn remove_place(place: &Path) -> Result<(), String> {

@@ -61,6 +61,9 @@ pub enum MigrateError {
     /// The tree could not be held apart from CRIU.
     #[error("the workload could not be fenced: {0}")]
     Fence(#[from] FenceError),
+    /// CRIU let the tree go too soon: it may have run on after it was dumped.
+    #[error("CRIU died before the workload was fenced: what was sent may be out of date")]
+    LetGo,
     /// A directory for the dump.
     #[error("cannot use {} for the dump: {source}", path.display())]
     Work {
@@ -82,7 +85,7 @@ impl From<FencingError> for MigrateError {
         match error {
             FencingError::Journal(error) => error.into(),
             FencingError::Fence(error) => error.into(),
-            let_go @ FencingError::LetGo => Self::Memory(let_go.to_string()),
+            FencingError::LetGo => Self::LetGo,
         }
     }
 }

@@ -322,7 +322,7 @@ impl<'a> Driver<'a> {
                 let sent = control.write_message(&message.encode()).await;
                 sent.or_else(|error| self.cut(error.into()))?;
                 if is_vote {
-                    pause::at("voted");
+                    pause::at_point("voted").await;
                 }
             }
             Command::PrepareFinal(_) => self.prepare_final(),

@@ -5,7 +5,6 @@ use std::sync::Once;
 use std::time::Duration;
 
 use crate::preflight::Stat;
-use crate::tree::{Process, copy};
 use rustix::process::{Pid, WaitOptions};
 
 /// How often the dead are looked for.
@@ -47,50 +46,10 @@ fn reap_foreign() {
     }
 }
 
-/// Whether this process has ended, and its pid is not free yet. It is reaped where it is this
-/// process's to reap.
-pub(in crate::transfer) fn is_dead(pid: u32) -> bool {
-    let is_dead = || matches!(state_of(pid), Some('Z' | 'X'));
-    is_dead() && {
-        wait_for(pid);
-        is_dead()
-    }
-}
-
 fn wait_for(pid: u32) {
     if let Some(pid) = to_pid(pid) {
         let _ = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
     }
-}
-
-/// Kills what is left of a copy with these pids, waits until it is gone and its pids are free; gives
-/// how many processes that were.
-pub(in crate::transfer) fn kill(tasks: &[u32]) -> usize {
-    let own = std::process::id();
-    let ours = tasks
-        .iter()
-        .filter(|&&pid| pid != own && descends_from(pid, own));
-    let left: Vec<Process> = ours
-        .filter_map(|&pid| Process::dead_or_alive(pid))
-        .collect();
-    let stayed = copy::remove(&left);
-    if stayed > 0 {
-        tracing::warn!("{stayed} killed processes of a copy do not go away");
-    }
-    left.len()
-}
-
-fn descends_from(pid: u32, ancestor: u32) -> bool {
-    let mut at = pid;
-    // Deeper trees than this are not built from images.
-    for _ in 0..1024 {
-        match parent_of(at) {
-            Some(parent) if parent == ancestor => return true,
-            Some(parent) if parent > 1 => at = parent,
-            _ => return false,
-        }
-    }
-    false
 }
 
 fn children() -> Vec<u32> {
@@ -116,38 +75,6 @@ fn state_of(pid: u32) -> Option<char> {
     Some(Stat::of(pid)?.state)
 }
 
-fn parent_of(pid: u32) -> Option<u32> {
-    Some(Stat::of(pid)?.parent)
-}
-
 fn session_of(pid: u32) -> Option<u32> {
     Some(Stat::of(pid)?.session)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::process::{Command, Stdio};
-
-    use super::*;
-
-    #[test]
-    fn descent_is_followed_over_generations() {
-        let mut shell = Command::new("sh")
-            .args(["-c", "sleep 100 & echo $!; wait"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        let output = shell.stdout.take().unwrap();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(output), &mut line).unwrap();
-        let grandchild: u32 = line.trim().parse().unwrap();
-        let own = std::process::id();
-        assert!(descends_from(grandchild, own));
-        assert!(!descends_from(own, grandchild));
-        assert!(!descends_from(1, own));
-        let tasks = [grandchild, 1, own];
-        assert_eq!(kill(&tasks), 1);
-        let _ = shell.wait();
-        assert_eq!(parent_of(grandchild), None);
-    }
 }

@@ -74,10 +74,8 @@ impl Driver<'_> {
         let id = self.id.to_string();
         let fence = match Fence::plan(&tree, &id) {
             Ok(fence) => Some(fence),
-            Err(error) if options.force => {
-                self.emit(MigrateEvent::Warning(error.to_string()));
-                None
-            }
+            // The check has said so.
+            Err(_) if options.force => None,
             Err(error) => return Err(error.into()),
         };
         let pid = options.pid;

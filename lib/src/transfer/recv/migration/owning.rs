@@ -391,7 +391,7 @@ impl Driver<'_> {
             let ending = spawn_blocking(move || receiving.end());
             ending.await.expect("ending does not panic");
         }
-        if let Some(restoring) = &self.restoring {
+        if let Some(restoring) = self.restoring.take() {
             restoring.end(criu::Verdict::Refuse);
             let ended = async {
                 while !self.restore_ended {
@@ -403,14 +403,6 @@ impl Driver<'_> {
             };
             if tokio::time::timeout(REMOVE_TIME, ended).await.is_err() {
                 tracing::warn!("CRIU does not end");
-            }
-        }
-        if !self.facts.tree.own_pid_namespace && self.restoring.is_some() {
-            let tasks = self.facts.tree.tasks.clone();
-            let killing = spawn_blocking(move || orphans::kill(&tasks));
-            let killed = killing.await.expect("killing does not panic");
-            if killed > 0 {
-                tracing::warn!("killed {killed} processes that CRIU left of the copy");
             }
         }
         // What CRIU did not end itself.

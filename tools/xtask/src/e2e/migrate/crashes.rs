@@ -168,13 +168,13 @@ fn killed_source(context: &Context, moment: Moment) -> Result<String> {
 fn killed_destination(context: &Context, moment: Moment) -> Result<String> {
     let stage = stage_for(moment)?;
     let mover = Mover::new(context)?;
-    let mut receiver = mover.receive(&stage.network)?;
+    let mut receiver = mover.receive_again(&context.crxfer, &stage.network)?;
     let since = stage.poller.now();
     let migrating = start(&mover, &stage, &receiver, moment)?;
     receiver.kill();
     let (code, message) = migrating.wait()?.refused()?;
     // Its guard removes what it had, or the next one that starts.
-    let mut receiver = mover.receive(&stage.network)?;
+    let mut receiver = mover.receive_again(&context.crxfer, &stage.network)?;
     mover.await_removed(&stage.network, stage.pid)?;
     let gap = stage.ensure_stayed(since)?.ms();
     // The source finds out by the limit of the freeze.
@@ -184,7 +184,7 @@ fn killed_destination(context: &Context, moment: Moment) -> Result<String> {
     };
     ensure!(gap <= limit, "no answers for {gap:.0} ms");
     if !receiver.is_running() {
-        receiver = mover.receive(&stage.network)?;
+        receiver = mover.receive_again(&context.crxfer, &stage.network)?;
     }
     stage.network.hosts.shape(Rate::Megabits(1000))?;
     mover

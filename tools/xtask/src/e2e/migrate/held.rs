@@ -9,14 +9,11 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::trouble::{TCP, said};
 use super::{Context, Mover, Report, Scope, small};
-use crate::crxfer::migrate::{Migrating, Migration};
-use crate::crxfer::{Place, Receiver};
+use crate::crxfer::Receiver;
+use crate::crxfer::migrate::{Ended, Migrating};
 use crate::hosts::{Network, Rate};
 use crate::run;
 use crate::stage::Stage;
-
-/// A receiver that is started again must be found where it was.
-const PORT: u16 = 7433;
 
 /// How long one process may take to come to the point where it is stopped.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -114,12 +111,7 @@ impl<'a> Scene<'a> {
 
     fn receive(&self, point: Option<&str>) -> Result<Receiver> {
         let crxfer = self.pausing("destination", point);
-        let hooks = Migration::hooks(self.network());
-        let listen = format!("{}:{PORT}", self.network().hosts.b.address);
-        let mut words: Vec<&str> = hooks.iter().map(String::as_str).collect();
-        words.extend(["--listen", &listen]);
-        let place = Place::On(&self.network().hosts.b);
-        crxfer.await_migration(place, &self.mover.received(), &words)
+        self.mover.receive_again(&crxfer, self.network())
     }
 
     fn migrate(&self, to: &Receiver, point: Option<&str>) -> Result<Migrating> {
@@ -236,14 +228,25 @@ fn kill(scene: &Scene<'_>, point: Point) -> Result<Duration> {
                 .await_removed(scene.network(), scene.stage.pid)?;
         }
         Ends::WithReceiver | Ends::ByGuard => {
-            let migrated = ended.migrated();
-            migrated.with_context(|| format!("crxfer recv said:\n{}", receiver.said()))?;
+            ensure_migrated(&ended, &receiver)?;
             scene.network().withdraw(&scene.network().hosts.a)?;
             scene.await_on_b()?;
             scene.ensure_tidy()?;
         }
     }
     Ok(since)
+}
+
+/// Its report lacks what was lost with the connection, such as the downtime.
+fn ensure_migrated(ended: &Ended, receiver: &Receiver) -> Result<()> {
+    ensure!(
+        ended.code == Some(0),
+        "crxfer migrate ended with {:?}: {}; crxfer recv said:\n{}",
+        ended.code,
+        ended.message,
+        receiver.said()
+    );
+    Ok(())
 }
 
 /// The link between the two hosts, up or down.
@@ -270,8 +273,7 @@ fn cut_link(scene: &Scene<'_>) -> Result<()> {
         "a copy runs that nobody asked for"
     );
     link(scene, "up")?;
-    let migrated = migrating.wait()?.migrated();
-    migrated.with_context(|| format!("crxfer recv said:\n{}", receiver.said()))?;
+    ensure_migrated(&migrating.wait()?, &receiver)?;
     scene.network().withdraw(&scene.network().hosts.a)?;
     scene.await_on_b()?;
     scene.ensure_tidy()
@@ -312,7 +314,7 @@ fn decide(scene: &Scene<'_>) -> Result<String> {
         b.listens_on(crate::workload::Memcached::PORT).then_some(())
     })?;
     link(scene, "up")?;
-    migrating.wait()?.migrated()?;
+    ensure_migrated(&migrating.wait()?, &receiver)?;
     scene.network().withdraw(&scene.network().hosts.a)?;
     scene.await_on_b()?;
     scene.ensure_tidy()?;

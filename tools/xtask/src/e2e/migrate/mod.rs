@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, ensure};
 use super::{Context, Report, Scope};
 use crate::apt;
 use crate::crxfer::migrate::{Ended, Migrating, Migration};
-use crate::crxfer::{Place, Receiver};
+use crate::crxfer::{Crxfer, Place, Receiver};
 use crate::hosts::{Network, Rate};
 use crate::run;
 use crate::scratch::Scratch;
@@ -42,6 +42,9 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
 
 /// QUIC takes a silent host for gone after 15 s.
 const REMOVED_WITHIN: Duration = Duration::from_secs(30);
+
+/// Of receivers that are started again.
+const PORT: u16 = 7433;
 
 /// A place for the destination's files, and the commands of both hosts.
 struct Mover<'a> {
@@ -71,6 +74,16 @@ impl<'a> Mover<'a> {
         self.context
             .crxfer
             .await_migration(place, &self.received(), more)
+    }
+
+    /// Starts it where a source that has lost it finds it again.
+    fn receive_again(&self, crxfer: &Crxfer, network: &Network) -> Result<Receiver> {
+        let hooks = Migration::hooks(network);
+        let listen = format!("{}:{PORT}", network.hosts.b.address);
+        let mut words: Vec<&str> = hooks.iter().map(String::as_str).collect();
+        words.extend(["--listen", &listen]);
+        let place = Place::On(&network.hosts.b);
+        crxfer.await_migration(place, &self.received(), &words)
     }
 
     fn received(&self) -> std::path::PathBuf {
