@@ -315,6 +315,7 @@ pub(super) struct Model {
     // What the rules look at.
     commit_heard: bool,
     operator: bool,
+    may_keep_source: bool,
     excused: bool,
     broken: Option<String>,
     log: Option<Vec<String>>,
@@ -373,6 +374,7 @@ impl Model {
             prepared: false,
             commit_heard: false,
             operator: false,
+            may_keep_source: false,
             excused: false,
             broken: None,
             log: None,
@@ -481,7 +483,9 @@ impl Model {
     }
 
     fn next_timer(&self) -> Option<(Instant, Side)> {
-        let source = self.in_session(Side::Source).then(|| {
+        // Who lets the tree run looks at no clock.
+        let keeps = matches!(self.doing, Doing::Keeping | Doing::Telling);
+        let source = (self.in_session(Side::Source) && !keeps).then(|| {
             let at = self.source.poll_timeout();
             let at = match self.doing {
                 Doing::AwaitAborted(until) => at.min(until),
@@ -535,7 +539,10 @@ impl Model {
             Happening::Meet(verdict) => self.met(verdict),
             Happening::Met(answer) => self.answered(answer),
             Happening::LetGo => self.let_go(),
-            Happening::Heal => self.cut = false,
+            Happening::Heal => {
+                self.cut = false;
+                self.wakes(Side::Source);
+            }
             Happening::CriuDied(side) if self.lives(side) => self.criu_died(side),
             Happening::SourceWork(done) if self.lives(Side::Source) && done == self.doing => {
                 self.worked();

@@ -210,6 +210,15 @@ impl Model {
 
     pub(super) fn decide(&mut self, side: Side, keep: Keep) {
         self.operator = true;
+        // `recover` at the destination says whether it can still be kept from running.
+        if keep == Keep::Source {
+            let complete = self.destination_state() == Some(DestinationState::Complete);
+            match side {
+                Side::Destination => self.may_keep_source = complete || self.copy != Copy::Running,
+                Side::Source if !self.may_keep_source => return,
+                Side::Source => {}
+            }
+        }
         let noted = match side {
             Side::Source => note(&mut self.source_book, keep),
             Side::Destination => note(&mut self.destination_book, keep),

@@ -101,7 +101,7 @@ impl Model {
 
     // What `recover` shows on both hosts tells an operator what to say; at the destination first.
     fn advise(&mut self) -> Result<bool, String> {
-        let keep = if self.has_run {
+        let keep = if self.copy == Copy::Running {
             Keep::Destination
         } else if self.tree.there || self.images != Images::Complete {
             Keep::Source
