@@ -404,6 +404,14 @@ impl Model {
         Ok(model)
     }
 
+    /// What happens in it.
+    pub(super) fn history(conditions: &Conditions) -> String {
+        let mut model = Self::new(conditions.clone());
+        model.log = Some(Vec::new());
+        let ended = model.settle().and_then(|()| model.finish());
+        format!("{ended:?}, {model}")
+    }
+
     fn whole(mut self) -> Result<Outcome, String> {
         self.settle()?;
         let (quiet, moments) = (self.runs(), self.moments);

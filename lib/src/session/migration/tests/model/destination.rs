@@ -144,7 +144,9 @@ impl Model {
 
     pub(super) fn copy_runs(&mut self) {
         self.copy = Copy::Running;
-        self.has_run = true;
+        if std::mem::replace(&mut self.has_run, true) {
+            self.breaks("a copy that has run is built again");
+        }
         if self.tree.ran_since && !self.operator {
             self.breaks("the copy is older than the tree");
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{BOTH, Book, Copy, Doing, Fault, Happening, Holder, Images, Model, Side};
+use super::{BOTH, Book, Copy, Doing, Fault, Happening, Holder, Images, Model, Mutation, Side};
 use crate::handover::{DestinationState, Keep, SourceState};
 
 impl Model {
@@ -37,7 +37,7 @@ impl Model {
                 }
             }
             Fault::Cut(heals) => self.cut_link(heals),
-            Fault::Hang(side) => self.hanging[side as usize] = true,
+            Fault::Hang(side) => self.hanging[side as usize] = !self.crashed[side as usize],
             Fault::Stop if self.in_session(Side::Source) => self.stop(),
             Fault::Fail(Side::Source) if self.in_session(Side::Source) => self.give_up(),
             Fault::Fail(Side::Destination) if self.in_session(Side::Destination) => {
@@ -148,6 +148,9 @@ impl Model {
     }
 
     pub(super) fn criu_died(&mut self, side: Side) {
+        if self.mutated(Mutation::DoesNotLook) {
+            return;
+        }
         match side {
             Side::Source => {
                 let state = self.source_state();
@@ -213,8 +216,10 @@ impl Model {
         // `recover` at the destination says whether it can still be kept from running.
         if keep == Keep::Source {
             let complete = self.destination_state() == Some(DestinationState::Complete);
+            let rests = self.workers[Side::Destination as usize].is_none();
+            let runs = self.copy == Copy::Running;
             match side {
-                Side::Destination => self.may_keep_source = complete || self.copy != Copy::Running,
+                Side::Destination => self.may_keep_source = complete || (rests && !runs),
                 Side::Source if !self.may_keep_source => return,
                 Side::Source => {}
             }

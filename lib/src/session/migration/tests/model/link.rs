@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Happening, Model, Record, Side, Tree};
+use super::{Happening, Model, Record, Side};
 use crate::handover::{Answer, Verdict};
-use crate::wire::{Message, Step};
+use crate::wire::Message;
 
 impl Model {
     fn delay(&mut self) -> Duration {
@@ -32,14 +32,6 @@ impl Model {
     }
 
     pub(super) fn send(&mut self, to: Side, message: Message) {
-        if matches!(message, Message::Migration(Step::Commit)) {
-            let limit = self.conditions.freeze_limit;
-            let held =
-                matches!(self.tree, Tree { held: Some(at), .. } if self.now < at + limit * 2);
-            if !held && self.source_criu {
-                self.breaks("a commit beyond the freeze limit");
-            }
-        }
         let delay = self.delay();
         let at = self.last_control[to as usize].max(self.now + delay);
         self.last_control[to as usize] = at;

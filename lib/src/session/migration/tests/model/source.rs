@@ -131,6 +131,10 @@ impl Model {
         if !self.source.commit(self.now) {
             return self.give_up();
         }
+        let limit = self.conditions.freeze_limit;
+        if self.tree.held.is_some_and(|at| self.now >= at + limit) {
+            self.breaks("a commit beyond the freeze limit");
+        }
         if self.mutated(Mutation::SendsFirst) {
             self.doing = Doing::AwaitRunning;
             self.pump_source();
