@@ -86,6 +86,8 @@ pub(super) enum Fault {
     Recover(Side),
     /// A receiver is started where none runs.
     Serve,
+    /// From now on CRIU cannot make a tree of the images.
+    NoRestore,
     /// An operator decides on this side.
     Decide(Side, Keep),
 }
@@ -312,10 +314,12 @@ pub(super) struct Model {
     has_run: bool,
     images: Images,
     prepared: bool,
+    restores: bool,
     // What the rules look at.
     commit_heard: bool,
     operator: bool,
     may_keep_source: bool,
+    contradicts: bool,
     excused: bool,
     broken: Option<String>,
     log: Option<Vec<String>>,
@@ -372,9 +376,11 @@ impl Model {
             has_run: false,
             images: Images::None,
             prepared: false,
+            restores: true,
             commit_heard: false,
             operator: false,
             may_keep_source: false,
+            contradicts: false,
             excused: false,
             broken: None,
             log: None,

@@ -319,6 +319,7 @@ impl Model {
         } else {
             match self.copy {
                 Copy::Leftover => self.copy = Copy::None,
+                Copy::None if !self.restores => return Some(Answer::Busy),
                 Copy::None => self.copy = Copy::Held,
                 Copy::Held => {
                     self.copy = Copy::LettingGo;

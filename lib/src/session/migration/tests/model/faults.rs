@@ -53,6 +53,7 @@ impl Model {
             }
             Fault::Reboot(side, durable) => self.reboot(side, durable),
             Fault::Recover(side) => self.takes_lease(side, Holder::Recover),
+            Fault::NoRestore => self.restores = false,
             Fault::Serve => self.serve(),
             Fault::Decide(side, keep) => self.decide(side, keep),
             Fault::Stop | Fault::Fail(_) => {}

@@ -1,5 +1,7 @@
 //! What must hold after every step, and how every history must end.
 
+use std::time::Duration;
+
 use super::{BOTH, BUSY, Copy, Holder, Images, Model, Runs, Side};
 use crate::handover::{DestinationState, Keep, OnPartition, SourceState};
 
@@ -29,7 +31,8 @@ impl Model {
                 .source_book
                 .is_some_and(|book| book.decided == Some(Keep::Source))
             && self.commit_heard;
-        if runs == Runs::Both && !allowed {
+        self.contradicts |= runs == Runs::Both && allowed;
+        if runs == Runs::Both && !self.contradicts {
             self.breaks("two run");
         }
         if runs == Runs::Neither && !self.excused && !self.is_somewhere() {
@@ -68,6 +71,7 @@ impl Model {
     /// forgotten all it knew by an operator's word. True where that was needed.
     pub(in crate::session::migration::tests) fn finish(&mut self) -> Result<bool, String> {
         self.conditions.unreliable = 0;
+        self.conditions.most_delay = Duration::from_millis(20);
         self.conditions.faults.clear();
         for side in BOTH {
             if self.hanging[side as usize] {
