@@ -253,6 +253,8 @@ struct Worker {
     // A source that has asked: until when it waits.
     asked: Option<Instant>,
     tries: u32,
+    // Questions since the last answer.
+    unreached: u32,
     // Nothing is to be done before something happens.
     idle: bool,
 }
@@ -577,11 +579,7 @@ impl Model {
             return;
         }
         match happening {
-            Happening::Message(Side::Source, message) => {
-                if self.source.handle_message(self.now, message).is_err() {
-                    self.give_up();
-                }
-            }
+            Happening::Message(Side::Source, message) => self.at_source(message),
             Happening::Message(Side::Destination, message) => self.at_destination(message),
             Happening::Record(record) => self.record(record),
             Happening::DestinationWork(job) => self.destination_worked(job),

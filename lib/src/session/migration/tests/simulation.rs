@@ -23,8 +23,8 @@ fn quiet(iterations: u32) -> Conditions {
 
 // How many histories there are: docs/PROTOCOL.md and docs/TESTING.md say so.
 const SINGLES: usize = 5_952;
-const EVEN_PAIRS: usize = 0;
-const ODD_PAIRS: usize = 0;
+const EVEN_PAIRS: usize = 181_440;
+const ODD_PAIRS: usize = 174_720;
 const RECOVERIES: usize = 7_000;
 
 // One of each, with what a side may learn of it: at once, late, never.

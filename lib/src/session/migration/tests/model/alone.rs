@@ -28,6 +28,7 @@ impl Model {
             answers,
             asked: None,
             tries: 0,
+            unreached: 0,
             idle: false,
         });
         self.work(Happening::Act(side));
@@ -147,7 +148,8 @@ impl Model {
             }
             return;
         }
-        if worker.tries == PARTITION_TRIES && verdict == Verdict::Commit {
+        worker.unreached += 1;
+        if worker.unreached == PARTITION_TRIES && verdict == Verdict::Commit {
             self.policy_decides();
         }
         let until = self.now + Duration::from_secs(1);
@@ -164,6 +166,11 @@ impl Model {
             OnPartition::KeepDestination => Keep::Destination,
         };
         self.log(|| format!("the policy decides: {keep:?}"));
+        let lost = self.images != Images::Complete && self.copy != Copy::Running;
+        if keep == Keep::Destination && lost {
+            // Its risk, as its help says: the destination may have lost what it had.
+            self.excused = true;
+        }
         if let Some(book) = &mut self.source_book {
             book.decided = Some(keep);
         }
@@ -179,6 +186,10 @@ impl Model {
         };
         if state.is_contradicted(answer) && self.obeys() {
             self.breaks("the hosts contradict each other");
+        }
+        // It is no partition where the destination answers.
+        if let Some(worker) = &mut self.workers[Side::Source as usize] {
+            worker.unreached = 0;
         }
         if let Some(next) = state.answered(answer, decided) {
             self.source_records(next);
@@ -282,6 +293,10 @@ impl Model {
     }
 
     fn done(&mut self, worker: Worker, answer: Answer) {
+        if answer == Answer::Busy && self.in_session(Side::Destination) {
+            // What it was told in the session cannot be done.
+            self.destination_fails(true);
+        }
         if worker.answers {
             self.send_met(answer);
         }

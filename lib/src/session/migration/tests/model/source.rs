@@ -36,6 +36,12 @@ impl Model {
         }
     }
 
+    pub(super) fn at_source(&mut self, message: crate::wire::Message) {
+        if self.source.handle_message(self.now, message).is_err() {
+            self.give_up();
+        }
+    }
+
     fn on_event(&mut self, event: AtSource) {
         match event {
             AtSource::Offered(_) if self.conditions.refused => self.give_up(),
