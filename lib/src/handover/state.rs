@@ -184,6 +184,9 @@ impl SourceState {
             (Self::Committed, Answer::Unknown) if decided == Some(Keep::Source) => {
                 Some(Self::Keeping)
             }
+            (Self::Committed, Answer::Unknown) if decided == Some(Keep::Destination) => {
+                Some(Self::Moved)
+            }
             (Self::Kept, Answer::Removed | Answer::Unknown) => Some(Self::Over),
             // Two run, and the operator wants that one.
             (Self::Kept, Answer::Runs { .. }) if decided == Some(Keep::Destination) => {

@@ -141,8 +141,12 @@ fn only_these_answers_move_a_source() {
     let any = |state, answer, next| DECIDED.map(|decided| (state, answer, decided, next));
     let mut expected = Vec::new();
     let committed = SourceState::Committed;
-    let looked = Some(Keep::Source);
-    expected.push((committed, Answer::Unknown, looked, SourceState::Keeping));
+    for (looked, next) in [
+        (Keep::Source, SourceState::Keeping),
+        (Keep::Destination, SourceState::Moved),
+    ] {
+        expected.push((committed, Answer::Unknown, Some(looked), next));
+    }
     expected.extend(any(committed, RUNS, SourceState::Moved));
     expected.extend(any(committed, Answer::Removed, SourceState::Keeping));
     let kept = SourceState::Kept;
