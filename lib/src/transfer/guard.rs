@@ -4,6 +4,7 @@
 //! holds. Then it looks at the journals: those that nobody takes care of any more it finishes, as
 //! `crxfer recover` does.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -32,6 +33,12 @@ const QUIET_ROUNDS: u32 = 4;
 
 /// How long to try the other host in one go. The next round tries again.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long to try to tell a destination that the workload has stayed.
+const TELL_TIME: Duration = Duration::from_secs(600);
+
+/// How long to wait for a workload's address to leave this host.
+const LOCK_TIME: Duration = Duration::from_secs(86_400);
 
 /// How long a guard may take to end that is not needed any more.
 const END_TIME: Duration = Duration::from_secs(1);
@@ -163,6 +170,8 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
     let mut quiet = 0;
     let mut settled = Vec::new();
     let mut place = None;
+    let mut said = HashMap::new();
+    let begun = now();
     while quiet < QUIET_ROUNDS {
         quiet += 1;
         for id in Journal::<S>::list(state)? {
@@ -176,13 +185,20 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
             let Ok(Some(lease)) = journal.lease() else {
                 continue;
             };
-            match S::finish(journal, &lease).await {
-                Ok(true) => settled.push(id),
-                Ok(false) => quiet = 0,
-                Err(problem) => {
-                    say(&format!("{id}: {problem}"));
-                    quiet = 0;
+            let round = S::finish(journal, &lease, begun.elapsed()).await;
+            let text = match round {
+                Ok(Round::Settled(text)) => {
+                    settled.push(id);
+                    text
                 }
+                Ok(Round::Again(text)) | Err(text) => {
+                    quiet = 0;
+                    text
+                }
+            };
+            // Once, not twice a second.
+            if said.insert(id, text.clone()).as_ref() != Some(&text) {
+                say(&format!("{id}: {text}"));
             }
         }
         if S::stand_in(&mut place, state, parent, quiet == 0).await {
@@ -202,11 +218,20 @@ fn say(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
+#[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+/// What came of one round, in words.
+enum Round {
+    /// Nothing is left to do, or nothing that a guard should wait for.
+    Settled(String),
+    Again(String),
+}
+
 /// A side whose journals can be finished.
 trait Guarded: State {
-    /// True when nothing is left to do that time alone will not do.
-    async fn finish(journal: Journal<Self>, lease: &Lease) -> Result<bool, String>;
-
     /// Answers the other hosts in the place of `parent`, where that `is_needed`; true while one is being
     /// answered.
     async fn stand_in(
@@ -217,10 +242,21 @@ trait Guarded: State {
     ) -> bool {
         false
     }
+
+    /// `at_work`: for how long this guard has been trying.
+    async fn finish(
+        journal: Journal<Self>,
+        lease: &Lease,
+        at_work: Duration,
+    ) -> Result<Round, String>;
 }
 
 impl Guarded for SourceState {
-    async fn finish(journal: Journal<Self>, lease: &Lease) -> Result<bool, String> {
+    async fn finish(
+        journal: Journal<Self>,
+        lease: &Lease,
+        at_work: Duration,
+    ) -> Result<Round, String> {
         let (_never, stop) = tokio::sync::watch::channel(false);
         let options = FinishOptions {
             patience: PATIENCE,
@@ -230,14 +266,23 @@ impl Guarded for SourceState {
         };
         let outcome = finish_source(&journal, lease, &options).await;
         let outcome = outcome.map_err(|error| error.to_string())?;
-        say(&format!("{}: {outcome:?}", journal.id()));
-        let is_over = match &outcome {
-            SourceOutcome::Kept { told, .. } => *told,
-            SourceOutcome::Moved { .. } => true,
-            SourceOutcome::Held { .. } | SourceOutcome::Undecided { .. } => false,
-        };
-        // Where the address has not left yet the journal waits for that, and so does this guard.
-        Ok(is_over && clear_source(journal).map_err(|error| error.to_string())?)
+        let text = format!("{outcome:?}");
+        Ok(match outcome {
+            // The workload is safe. The rest is the other host's tidiness, and recover's.
+            SourceOutcome::Kept { told: false, .. } if at_work >= TELL_TIME => Round::Settled(text),
+            SourceOutcome::Kept { told: false, .. }
+            | SourceOutcome::Held { .. }
+            | SourceOutcome::Undecided { .. } => Round::Again(text),
+            SourceOutcome::Kept { .. } | SourceOutcome::Moved { .. } => {
+                let cleared = clear_source(journal).map_err(|error| error.to_string())?;
+                // The journal waits for the address to leave this host, and so does this guard.
+                if cleared || at_work >= LOCK_TIME {
+                    Round::Settled(text)
+                } else {
+                    Round::Again("the address has not left this host yet".to_owned())
+                }
+            }
+        })
     }
 }
 
@@ -260,14 +305,17 @@ impl Guarded for DestinationState {
         place.as_ref().is_some_and(StandIn::is_talking)
     }
 
-    async fn finish(journal: Journal<Self>, lease: &Lease) -> Result<bool, String> {
-        let id = journal.id();
+    async fn finish(
+        journal: Journal<Self>,
+        lease: &Lease,
+        _at_work: Duration,
+    ) -> Result<Round, String> {
         let outcome = finish_destination(&journal, lease, Verdict::Ask);
         let outcome = outcome.map_err(|error| error.to_string())?;
-        if !matches!(outcome, DestinationOutcome::Held { .. }) {
-            say(&format!("{id}: {outcome:?}"));
-            return Ok(true);
-        }
-        Ok(false)
+        let text = format!("{outcome:?}");
+        Ok(match outcome {
+            DestinationOutcome::Held { .. } => Round::Again(text),
+            _ => Round::Settled(text),
+        })
     }
 }

@@ -126,7 +126,7 @@ impl Progress {
             (state.doing.clone(), state.in_doubt)
         };
         let text = match (in_doubt, asked) {
-            (true, _) => "crxfer: letting the workload run on here".to_owned(),
+            (true, _) => "crxfer: leaving the workload held; crxfer recover says more".to_owned(),
             (false, 1) => "crxfer: stopping; the workload will run on here, unless it runs on the destination already"
                 .to_owned(),
             (false, _) => format!(
@@ -175,7 +175,7 @@ impl Progress {
 
     fn in_doubt(&self, error: &str) {
         self.lock().in_doubt = true;
-        self.doing("in doubt: waiting for you".to_owned());
+        self.doing("in doubt: held until the hosts meet".to_owned());
         let advice = doubt(self.pid);
         let event = json!({"event": "in-doubt", "error": error, "advice": advice.join(" ")});
         let mut lines = vec![format!("crxfer: IN DOUBT: {error}")];
@@ -205,15 +205,15 @@ impl Progress {
 }
 
 /// What is going on, and what to do, where nobody here knows whether the copy of `pid` runs.
-fn doubt(pid: u32) -> [String; 6] {
+fn doubt(pid: u32) -> [String; 7] {
     [
         "The destination was told to let the copy run, and has not answered. It may run, or not.".into(),
-        format!("Process {pid} and its children stand frozen here, so that nothing runs twice. Look there"),
-        "(crxfer recv prints \"running\" when it runs; a client gets answers):".into(),
-        format!("- it runs there: end it here with `kill -KILL {pid}`, and its children; then press Ctrl-C."),
-        "- it does not: stop that crxfer recv, so that it never will; then press Ctrl-C: it runs on here."
-            .into(),
-        "Ctrl-C alone lets it run on here, even if the copy runs there, too.".into(),
+        format!("Process {pid} and its children are held frozen here, so that nothing runs twice."),
+        "crxfer asks again every second: as soon as both hosts meet, this goes on by itself.".into(),
+        "If they never will, look there (crxfer recv prints \"running\"; a client gets answers), then:".into(),
+        "- it runs there: crxfer recover --keep-destination".into(),
+        "- it does not, and never will: crxfer recover --keep-source".into(),
+        "Ctrl-C leaves it held: a guard goes on asking, and crxfer recover works then, too.".into(),
     ]
 }
 
