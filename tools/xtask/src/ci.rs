@@ -77,8 +77,10 @@ pub(crate) fn run() -> Result<()> {
             .envs(check.environment.iter().copied());
         note(check.name, run::shown(&mut command), &mut failed);
     }
-    let (crates, tally) = tests::quick();
-    note("tests of the crates", crates, &mut failed);
+    let quick = tests::quick();
+    note("tests of the crates", quick.crates, &mut failed);
+    note("kill test", quick.faults, &mut failed);
+    let tally = quick.end_to_end;
     let ran = match &tally {
         Ok(tally) => all_ran(tally),
         Err(error) => Err(anyhow!("did not run: {error:#}")),

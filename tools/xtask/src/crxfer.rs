@@ -361,11 +361,6 @@ impl Receiver {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// What it says goes there.
-    pub(crate) fn log(&self) -> &Path {
-        &self.log
-    }
-
     /// Asks it to end, as a service manager would, and waits for that.
     pub(crate) fn stop(&mut self) -> Result<()> {
         let pid = match self.inside {

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::{e2e, run};
+use crate::{e2e, kill, run};
 
 /// How much to test.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -24,27 +24,46 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         _ => e2e::Scope::Usual,
     };
     let crates = of_crates(scope);
+    let killed = of_faults(scope);
     let tally = e2e::run_scope(scope, "");
     // Last, so that the line "N passed, N failed" is.
-    report(crates, tally)
+    report(crates.and(killed), tally)
 }
 
-/// The quick tests, as the checks of a change run them: both parts, even if the first fails.
-pub(crate) fn quick() -> (Result<()>, Result<e2e::Tally>) {
-    (
-        of_crates(e2e::Scope::Quick),
-        e2e::run_scope(e2e::Scope::Quick, ""),
-    )
+/// The kill test, where it can run: a few runs, or many.
+fn of_faults(scope: e2e::Scope) -> Result<()> {
+    if !run::is_root() {
+        println!("kill test: skipped, two hosts on one machine need root");
+        return Ok(());
+    }
+    kill::test(scope == e2e::Scope::All)
 }
 
-fn report(crates: Result<()>, tally: Result<e2e::Tally>) -> Result<()> {
-    match &crates {
-        Ok(()) => println!("tests of the crates: all passed"),
-        Err(error) => println!("tests of the crates: FAILED: {error:#}"),
+/// The quick tests, as the checks of a change run them: all parts, even if the first fails.
+pub(crate) fn quick() -> Quick {
+    Quick {
+        crates: of_crates(e2e::Scope::Quick),
+        faults: of_faults(e2e::Scope::Quick),
+        end_to_end: e2e::run_scope(e2e::Scope::Quick, ""),
+    }
+}
+
+/// How the quick tests went.
+#[derive(Debug)]
+pub(crate) struct Quick {
+    pub(crate) crates: Result<()>,
+    pub(crate) faults: Result<()>,
+    pub(crate) end_to_end: Result<e2e::Tally>,
+}
+
+fn report(others: Result<()>, tally: Result<e2e::Tally>) -> Result<()> {
+    match &others {
+        Ok(()) => println!("tests of the crates, kill test: all passed"),
+        Err(error) => println!("tests of the crates, kill test: FAILED: {error:#}"),
     }
     let tally = tally?;
     println!("end to end: {tally}");
-    crates.and(tally.verdict())
+    others.and(tally.verdict())
 }
 
 fn of_crates(scope: e2e::Scope) -> Result<()> {

@@ -8,9 +8,15 @@ use rustix::process::Signal;
 
 use super::ground::{Diary, Ground, Hold};
 use super::moving::Moving;
-use super::plan::{Fault, Line, Moment, Phase, Plan, Role, Victim};
+use super::plan::{Fault, Line, Moment, Plan, Role, Victim};
 use super::processes::{self, Found};
-use super::timing::Timing;
+use super::timing::{Mark, Timing};
+
+/// Between looks at what a migration does.
+const LOOK: Duration = Duration::from_micros(200);
+
+/// Finding processes takes about as long.
+const SEARCH: Duration = Duration::from_millis(2);
 
 /// What has happened, and what of it is still to be undone.
 #[derive(Debug)]
@@ -33,46 +39,43 @@ enum What {
     Continue(Vec<Found>),
 }
 
-/// Waits until `moment`; false if the migration has ended before.
+/// Waits until it is known when the plan's moment is, and gives that; `None` if the migration has ended
+/// before.
 pub(super) fn await_moment(
     plan: &Plan,
     moving: &mut Moving,
     hold: Option<&Hold>,
     timing: &Timing,
-) -> bool {
-    let due = |moving: &Moving| match plan.moment {
-        Moment::Point { .. } => hold.is_some_and(Hold::is_reached).then(Instant::now),
-        Moment::Time { phase, part } => {
-            let mark = match phase {
-                Phase::Precopy => Some(moving.begin),
-                _ => moving.told("freezing"),
-            };
-            mark.map(|mark| mark + timing.offset(phase, part))
+) -> Option<Instant> {
+    loop {
+        let at = match plan.moment {
+            Moment::Point { .. } => hold.is_some_and(Hold::is_reached).then(Instant::now),
+            Moment::Time { phase, part } => {
+                let mark = match phase.mark() {
+                    Mark::Start => Some(moving.begin),
+                    Mark::Told(event) => moving.told(event),
+                };
+                mark.map(|mark| mark + timing.offset(phase, part))
+            }
+        };
+        if at.is_some() || moving.ended().is_some() {
+            return at;
         }
-    };
-    let at = loop {
-        if let Some(at) = due(moving) {
-            break at;
-        }
-        if moving.ended().is_some() {
-            return false;
-        }
-        thread::sleep(Duration::from_micros(300));
-    };
-    thread::sleep(at.saturating_duration_since(Instant::now()));
-    true
+        thread::sleep(LOOK);
+    }
 }
 
-/// Does it. `None` if what it is done to never came.
+/// Does it at that moment. `None` if what it is done to never came.
 pub(super) fn strike(
     ground: &Ground,
     plan: &Plan,
+    moment: Instant,
     moving: &mut Moving,
     diary: &mut Diary,
 ) -> Result<Option<Strike>> {
     let undo = match &plan.fault {
         Fault::Kill { at, victims } => {
-            let Some(found) = find(ground, *at, victims, moving) else {
+            let Some(found) = find(ground, *at, victims, moment, moving) else {
                 return Ok(None);
             };
             for process in &found {
@@ -84,7 +87,7 @@ pub(super) fn strike(
             None
         }
         Fault::Hang { at, victim, ms } => {
-            let Some(found) = find(ground, *at, &[*victim], moving) else {
+            let Some(found) = find(ground, *at, &[*victim], moment, moving) else {
                 return Ok(None);
             };
             for process in &found {
@@ -97,6 +100,7 @@ pub(super) fn strike(
             })
         }
         Fault::Cut { line, ms } => {
+            sleep_until(moment);
             cut(ground, *line, true)?;
             diary.note(format!("cut the line {line}"));
             Some(Undo {
@@ -105,6 +109,7 @@ pub(super) fn strike(
             })
         }
         Fault::Gone { line, .. } => {
+            sleep_until(moment);
             cut(ground, *line, true)?;
             diary.note(format!("cut the line {line}"));
             Some(Undo {
@@ -119,22 +124,37 @@ pub(super) fn strike(
     }))
 }
 
-/// Those of `victims` that are there; waits for one of them until the migration has ended.
-fn find(ground: &Ground, at: Role, victims: &[Victim], moving: &mut Moving) -> Option<Vec<Found>> {
+/// Those of `victims` that are there at that moment; waits for one of them until the migration has
+/// ended.
+fn find(
+    ground: &Ground,
+    at: Role,
+    victims: &[Victim],
+    moment: Instant,
+    moving: &mut Moving,
+) -> Option<Vec<Found>> {
     let host = ground.network.host(ground.side(at));
+    sleep_until(moment - SEARCH);
     loop {
         let found: Vec<Found> = victims
             .iter()
             .flat_map(|&victim| processes::of(host, victim))
             .collect();
-        if !found.is_empty() {
+        // Once more if there is time: others may come meanwhile.
+        let is_time = Instant::now() + SEARCH / 2 >= moment;
+        if is_time && !found.is_empty() {
+            sleep_until(moment);
             return Some(found);
         }
         if moving.ended().is_some() {
             return None;
         }
-        thread::sleep(Duration::from_micros(300));
+        thread::sleep(LOOK);
     }
+}
+
+fn sleep_until(moment: Instant) {
+    thread::sleep(moment.saturating_duration_since(Instant::now()));
 }
 
 fn cut(ground: &Ground, line: Line, is_cut: bool) -> Result<()> {

@@ -59,7 +59,6 @@ impl Tested {
 #[derive(Debug)]
 pub(super) struct Ground {
     pub(super) tested: Tested,
-    pub(super) program: Program,
     pub(super) network: Network,
     pub(super) clients: Box<dyn Witness>,
     pub(super) watch: Option<Watch>,
@@ -103,7 +102,6 @@ impl Ground {
         };
         Ok(Self {
             tested: tested.clone(),
-            program,
             network,
             clients,
             watch,
@@ -297,10 +295,6 @@ impl Diary {
     pub(super) fn note(&mut self, text: impl std::fmt::Display) {
         let at = self.begin.elapsed().as_secs_f64();
         self.lines.push(format!("{at:8.3} {text}"));
-    }
-
-    pub(super) fn elapsed(&self) -> Duration {
-        self.begin.elapsed()
     }
 
     pub(super) fn begin(&self) -> Instant {

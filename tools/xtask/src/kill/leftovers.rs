@@ -162,8 +162,9 @@ fn walk(directory: &Path, found: &mut BTreeSet<PathBuf>) {
     for entry in entries {
         let (path, name) = (entry.path(), entry.file_name());
         let name = name.to_string_lossy();
-        if name.starts_with("destination-") || name.starts_with("source-") {
-            // Journals are looked at by what they say.
+        let is_journal = name.starts_with("destination-") || name.starts_with("source-");
+        if is_journal && path.join("journal").exists() {
+            // Looked at by what it says.
             continue;
         }
         if entry.metadata().is_ok_and(|meta| meta.is_dir()) {

@@ -50,7 +50,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// How many at once, each with hosts of its own
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = JOBS)]
     jobs: usize,
     /// Only seeds whose line contains this, such as "memcached, kill source criu" or "commit"
     #[arg(long, default_value = "")]
@@ -75,15 +75,23 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     run_all(plans, options.jobs, options.keep)
 }
 
-/// A short test for every change: each kind of fault once.
-pub(crate) fn quick() -> Result<()> {
-    run_all(Plan::sample(SAMPLE_SEED), 4, false)
+/// What belongs to the tests of every change, each kind of fault once, and a longer one to all tests.
+pub(crate) fn test(is_long: bool) -> Result<()> {
+    if let Err(error) = criu::ensure() {
+        println!("kill test: skipped: {error:#}");
+        return Ok(());
+    }
+    let plans = match is_long {
+        true => Plan::matching(SAMPLE_SEED, LONG, ""),
+        false => Plan::sample(SAMPLE_SEED),
+    };
+    run_all(plans, JOBS, false)
 }
 
-/// A longer one.
-pub(crate) fn long() -> Result<()> {
-    run_all(Plan::matching(SAMPLE_SEED, 100, ""), 4, false)
-}
+/// Runs of the longer one.
+const LONG: usize = 150;
+/// Most of a run is waiting.
+const JOBS: usize = 4;
 
 /// Any number: the runs are those that were looked at when the test was made.
 const SAMPLE_SEED: u64 = 1;

@@ -26,19 +26,23 @@ impl Recovery {
         if !ground.tested.recovers {
             return Ok(all);
         }
-        for journals in ground.journals(side) {
-            let mut command = ground.command(side, "recover");
-            command.args(["--json", "--wait", PATIENCE, "--state"]);
-            command.arg(&journals).args(more);
-            let output = command.output().context("cannot start crxfer recover")?;
-            let text = String::from_utf8_lossy(&output.stdout);
-            all.said.push_str(&format!(
-                "recover {side:?} {} {more:?}: {}\n{}\n",
-                journals.display(),
-                output.status,
-                run::said(&output)
-            ));
-            all.unfinished.extend(unfinished(&text));
+        let mut command = ground.command(side, "recover");
+        command
+            .args(["--json", "--wait", PATIENCE, "--state"])
+            .arg(ground.directory(side, "state"))
+            .arg("--dir")
+            .arg(ground.directory(side, "received"))
+            .args(more);
+        let output = command.output().context("cannot start crxfer recover")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        all.said = format!(
+            "recover {side:?} {more:?}: {}\n{}",
+            output.status,
+            run::said(&output)
+        );
+        all.unfinished = unfinished(&text);
+        if !output.status.success() && all.unfinished.is_empty() {
+            all.unfinished.push(Value::String(all.said.clone()));
         }
         Ok(all)
     }
@@ -49,11 +53,15 @@ impl Recovery {
     }
 }
 
+/// Outcomes after which nothing is left to do.
+const FINISHED: [&str; 5] = ["kept", "moved", "running", "removed", "over"];
+
 fn unfinished(text: &str) -> Vec<Value> {
     let values = text
         .lines()
-        .filter_map(|line| serde_json::from_str(line).ok());
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
     values
-        .filter(|value: &Value| value["finished"] == Value::Bool(false))
+        .filter(|value| value["event"] == "outcome")
+        .filter(|value| !FINISHED.iter().any(|outcome| value["outcome"] == *outcome))
         .collect()
 }

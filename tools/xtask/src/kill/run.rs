@@ -92,8 +92,8 @@ impl Known {
         diary.note(format!("migrating from {source:?} to {destination:?}"));
         let point = hold.as_ref().map(|one| &one.1);
         let mut strike = None;
-        if fault::await_moment(plan, &mut moving, point, &self.timing) {
-            strike = fault::strike(ground, plan, &mut moving, diary)?;
+        if let Some(moment) = fault::await_moment(plan, &mut moving, point, &self.timing) {
+            strike = fault::strike(ground, plan, moment, &mut moving, diary)?;
         }
         let (struck, told) = (strike.is_some(), moving.last());
         let strike = strike.unwrap_or(Strike {

@@ -8,8 +8,7 @@ use serde_json::Value;
 use super::moving::Moving;
 use super::plan::Phase;
 
-/// When each phase begins and ends, in milliseconds: the pre-copy since the command was started, all
-/// others since it told that it freezes.
+/// When each phase begins and ends, in milliseconds since its [`Mark`].
 #[derive(Clone, Debug)]
 pub(super) struct Timing {
     precopy: (f64, f64),
@@ -21,8 +20,30 @@ pub(super) struct Timing {
     end: (f64, f64),
 }
 
+/// What a phase's times are counted from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mark {
+    /// The command was started.
+    Start,
+    /// It told of this.
+    Told(&'static str),
+}
+
+impl Phase {
+    /// The last thing that is told before it: what comes before a mark takes another time each time.
+    pub(super) fn mark(self) -> Mark {
+        match self {
+            Self::Precopy => Mark::Start,
+            Self::Freeze | Self::Transfer | Self::Vote => Mark::Told("freezing"),
+            Self::Commit | Self::Resume | Self::End => Mark::Told("built"),
+        }
+    }
+}
+
 /// A vote takes no time: what is around it, in milliseconds.
 const AROUND: f64 = 5.0;
+/// What is reported as no time at all takes as long, in milliseconds.
+const SHORT: f64 = 1.5;
 /// After the last phase that is reported, in milliseconds.
 const AFTERWARDS: f64 = 40.0;
 
@@ -47,16 +68,17 @@ impl Timing {
         let since = |ms: f64| (ms - zero).max(0.0);
         let dumped = since(phase("dump the rest")?.1);
         let voted = since(phase("hold for the commit")?.0);
+        let after_vote = |ms: f64| (since(ms) - voted).max(0.0);
         let (resuming, resumed) = phase("resume")?;
-        let (resuming, resumed) = (since(resuming), since(resumed));
-        let ended = find("end the source's tree").map_or(resumed, |phase| since(phase.1));
+        let (resuming, resumed) = (after_vote(resuming), after_vote(resumed));
+        let ended = find("end the source's tree").map_or(resumed, |phase| after_vote(phase.1));
         Ok(Self {
             precopy: (0.0, precopy_ms),
             freeze: (0.0, dumped),
             transfer: (dumped, (voted - AROUND).max(dumped)),
             vote: (voted - AROUND, voted + AROUND),
-            commit: (voted, resuming.max(voted + 1.0)),
-            resume: (resuming, resumed.max(resuming + 1.0)),
+            commit: (0.0, resuming.max(SHORT)),
+            resume: (resuming, resumed.max(resuming + SHORT)),
             end: (resumed, ended.max(resumed) + AFTERWARDS),
         })
     }

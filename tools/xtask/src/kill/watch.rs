@@ -59,11 +59,11 @@ impl Watch {
         let Some(other) = other else {
             return Ok(());
         };
-        let again = answers
+        let mut again = answers
             .iter()
             .filter(|answer| answer.by == first && answer.asked > other.at);
         let count = again.clone().count();
-        match again.last() {
+        match again.next_back() {
             None => Ok(()),
             Some(last) => bail!(
                 "two copies: {:?} began to answer, and {first:?} answered {count} questions that were asked later, over {} ms",
