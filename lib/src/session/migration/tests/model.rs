@@ -400,7 +400,8 @@ impl Model {
             // Once more, with a log.
             let mut model = Self::new(conditions.clone());
             model.log = Some(Vec::new());
-            model.whole()
+            let broken = model.whole();
+            broken.map_err(|broken| format!("{broken}of {conditions:?}"))
         })
     }
 

@@ -21,7 +21,8 @@ impl Model {
         // Questions about the time end with the session.
         if !matches!(happening, Happening::AskClock) {
             self.add(at, happening);
-        } else if self.in_session(Side::Source) {
+        } else if self.in_session(Side::Source) && at < self.begun + Duration::from_secs(3) {
+            // Later ones would only make silence impossible.
             self.add(at + Duration::from_secs(1), happening);
         }
     }
