@@ -264,6 +264,11 @@ impl Workload {
 
 impl Drop for Workload {
     fn drop(&mut self) {
+        // Another process may have got the pid meanwhile.
+        let place = fs::read_link(format!("/proc/{}/cwd", self.pid));
+        if place.is_ok_and(|place| place != self.place.path()) {
+            return;
+        }
         let pid = i32::try_from(self.pid).unwrap();
         let pid = rustix::process::Pid::from_raw(pid).unwrap();
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);

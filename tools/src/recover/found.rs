@@ -190,9 +190,8 @@ impl Found {
                 }
                 _ => false,
             },
-            Record::Destination(_, history) => {
-                !self.held && history.state() == DestinationState::Complete
-            }
+            // A receiver that holds its copy acts upon a decision, too, once its source is lost.
+            Record::Destination(_, history) => history.state() == DestinationState::Complete,
         }
     }
 

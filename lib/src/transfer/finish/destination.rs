@@ -60,6 +60,14 @@ pub fn finish_destination(
         DestinationDuty::Hold => {
             // Without its driver no copy can be let go any more: what CRIU has left only takes its pids.
             clear(about).map_err(|what| left(journal, what))?;
+            if about.criu.is_some() {
+                // No restore is under way any more: whoever looks next need not wait for one.
+                let about = DestinationAbout {
+                    criu: None,
+                    ..about.clone()
+                };
+                journal.note_quickly(about)?;
+            }
             Ok(DestinationOutcome::Held {
                 place: about.place.join(standby::FINAL),
             })

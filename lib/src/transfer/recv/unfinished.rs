@@ -19,6 +19,10 @@ use crate::wire::MigrationId;
 /// How long an answer is kept for a source that may still ask.
 const ANSWERS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
+/// How often what stands in the way is given time to go away, and how much.
+const RETRIES: u32 = 3;
+const PAUSE: Duration = Duration::from_secs(2);
+
 /// A migration that is not over, in our care.
 #[derive(Debug)]
 pub(super) struct Waiting {
@@ -127,7 +131,16 @@ fn go_on_with(
     let history = journal.read();
     let about = history.map_err(|error| finish_failed(&error))?.about;
     orphans::adopt();
-    let outcome = match finish_destination(journal, lease, Verdict::Ask) {
+    let mut outcome = finish_destination(journal, lease, Verdict::Ask);
+    for _ in 0..RETRIES {
+        if outcome.is_ok() {
+            break;
+        }
+        // Such as a pid that a dead process still holds.
+        std::thread::sleep(PAUSE);
+        outcome = finish_destination(journal, lease, Verdict::Ask);
+    }
+    let outcome = match outcome {
         Ok(outcome) => outcome,
         Err(error) => {
             shared.events.emit(Event::Failed {
