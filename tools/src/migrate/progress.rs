@@ -318,9 +318,9 @@ mod tests {
         for word in [
             "4711",
             "frozen",
-            "kill -KILL 4711",
+            "--keep-destination",
+            "--keep-source",
             "Ctrl-C",
-            "stop that crxfer recv",
         ] {
             assert!(text.contains(word), "{word} is not in {text}");
         }

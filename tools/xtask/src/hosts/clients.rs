@@ -171,6 +171,8 @@ impl Network {
     pub(crate) fn retry_soon(&self) -> Result<()> {
         for host in [&self.hosts.a, &self.hosts.b, &self.c] {
             host.write("/proc/sys/net/ipv4/tcp_rto_max_ms", "1000")?;
+            // As long as without: minutes.
+            host.write("/proc/sys/net/ipv4/tcp_retries2", "250")?;
         }
         Ok(())
     }

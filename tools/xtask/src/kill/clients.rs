@@ -60,9 +60,32 @@ pub(super) struct Pulse {
     rest: AtomicBool,
     rests: AtomicBool,
     breaks: Mutex<Vec<(Instant, String)>>,
+    standstill: Mutex<Standstill>,
+}
+
+/// How long nothing was acknowledged.
+#[derive(Debug, Default)]
+struct Standstill {
+    last: Option<Instant>,
+    longest: Duration,
 }
 
 impl Pulse {
+    fn note_answer(&self) {
+        self.acknowledged.fetch_add(1, Ordering::Relaxed);
+        let now = Instant::now();
+        self.with_standstill(|standstill| {
+            let gap = standstill.last.map_or(Duration::ZERO, |last| now - last);
+            standstill.longest = standstill.longest.max(gap);
+            standstill.last = Some(now);
+        });
+    }
+
+    fn with_standstill<R>(&self, work: impl FnOnce(&mut Standstill) -> R) -> R {
+        let standstill = self.standstill.lock();
+        work(&mut standstill.unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(super) fn note_break(&self, error: &anyhow::Error) {
         let mut breaks = self.breaks.lock().unwrap_or_else(PoisonError::into_inner);
         breaks.push((Instant::now(), format!("{error:#}")));
@@ -88,6 +111,8 @@ pub(super) trait Witness: Send + std::fmt::Debug {
     fn acknowledged(&self) -> u64;
     /// Connections that broke since `begin`.
     fn breaks_since(&self, begin: Instant) -> Vec<String>;
+    /// The longest time in which nothing was acknowledged since that was last asked for.
+    fn take_standstill(&self) -> Duration;
     /// Asks over each idle connection, which must all answer. Makes those anew that do not.
     fn wake_idle(&mut self, network: &Network) -> Result<()>;
     /// Whether the service answers on `host` itself, with right data: `Err` says what it did instead.
@@ -159,12 +184,13 @@ fn work(talk: &impl Talk, pulse: &Pulse, period: Duration, stop: &AtomicBool) ->
     while !stop.load(Ordering::Relaxed) {
         if pulse.rest.load(Ordering::Acquire) {
             pulse.rests.store(true, Ordering::Release);
+            pulse.with_standstill(|standstill| standstill.last = None);
             thread::sleep(Duration::from_millis(1));
             continue;
         }
         pulse.rests.store(false, Ordering::Release);
         talk.exchange(&mut stream)?;
-        pulse.acknowledged.fetch_add(1, Ordering::Relaxed);
+        pulse.note_answer();
         thread::sleep(period);
     }
     Ok(())
@@ -198,6 +224,11 @@ impl<T: Talk> Witness for Clients<T> {
 
     fn breaks_since(&self, begin: Instant) -> Vec<String> {
         self.pulse.breaks_since(begin)
+    }
+
+    fn take_standstill(&self) -> Duration {
+        self.pulse
+            .with_standstill(|standstill| std::mem::take(&mut standstill.longest))
     }
 
     fn wake_idle(&mut self, network: &Network) -> Result<()> {

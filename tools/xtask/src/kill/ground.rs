@@ -126,6 +126,7 @@ impl Ground {
         if let Some(watch) = &self.watch {
             watch.forget();
         }
+        self.clients.take_standstill();
         for side in [Side::A, Side::B] {
             let _ = fs::remove_file(self.directory(side, "earlier.log"));
         }
@@ -145,6 +146,20 @@ impl Ground {
             let journals = super::journals::all(self, side);
             let ids = journals.iter().filter_map(|one| one.name.split_once('-'));
             seen.extend(ids.map(|(_, id)| id.to_owned()));
+        }
+    }
+
+    /// Takes the service address from `side`; a hook or a guard may do it at the same moment.
+    pub(super) fn withdraw(&self, side: Side) {
+        let _ = self.network.withdraw(self.network.host(side));
+    }
+
+    /// Keeps the journals as they are now: they are removed when they are over.
+    pub(super) fn keep_journals(&self, log: &Path) {
+        for side in [Side::A, Side::B] {
+            for place in self.journals(side) {
+                super::leftovers::keep(&place, &log.join(format!("journals-of-{side:?}")));
+            }
         }
     }
 
@@ -179,7 +194,8 @@ impl Ground {
         words.extend(Migration::hooks(&self.network));
         let withdraw = self.network.script("withdraw");
         words.push("--hook".to_owned());
-        words.push(format!("after-abort={}", withdraw.display()));
+        // Must work where there is nothing to withdraw.
+        words.push(format!("after-abort={} || true", withdraw.display()));
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let crxfer = Hold::applied(hold, &self.tested.crxfer);
         crxfer.await_migration(Place::On(host), &self.directory(side, "received"), &words)

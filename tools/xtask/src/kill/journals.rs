@@ -41,6 +41,17 @@ pub(super) fn all(ground: &Ground, side: Side) -> Vec<Journal> {
     places.iter().flat_map(|place| below(place)).collect()
 }
 
+/// Whether a journal of a source on `side` has ever been in `state`.
+pub(super) fn was(ground: &Ground, side: Side, state: &str) -> bool {
+    let entries = fs::read_dir(ground.directory(side, "state"));
+    let mut texts = entries.into_iter().flatten().flatten().filter_map(|entry| {
+        let is_source = entry.file_name().to_string_lossy().starts_with("source-");
+        let text = fs::read_to_string(entry.path().join("journal")).ok()?;
+        is_source.then_some(text)
+    });
+    texts.any(|text| states(&text).any(|one| one == state))
+}
+
 /// Those that are not finished.
 pub(super) fn unfinished(ground: &Ground, side: Side) -> Vec<Journal> {
     let mut journals = all(ground, side);
@@ -54,24 +65,22 @@ fn below(place: &Path) -> Vec<Journal> {
         let text = fs::read_to_string(entry.path().join("journal")).ok()?;
         Some(Journal {
             name: entry.file_name().to_string_lossy().into_owned(),
-            state: last_state(&text)?,
+            state: states(&text).next()?,
         })
     };
     entries.filter_map(journal).collect()
 }
 
-/// Each line is a checksum and a record.
-fn last_state(text: &str) -> Option<String> {
-    let records = text.lines().rev();
-    let values = records.filter_map(|line| {
+/// The states that a journal names, the last first. Each line is a checksum and a record.
+fn states(text: &str) -> impl Iterator<Item = String> {
+    let values = text.lines().rev().filter_map(|line| {
         let (_, json) = line.split_once(' ')?;
         serde_json::from_str::<Value>(json).ok()
     });
-    let mut states = values.filter_map(|value| {
+    values.filter_map(|value| {
         let state = value.get("state")?.get("state")?;
         Some(state.as_str()?.to_owned())
-    });
-    states.next()
+    })
 }
 
 /// What an operator decides who reads the source's journals: what is committed is the destination's.
@@ -99,7 +108,7 @@ mod tests {
             "01234567 {\"decided\":{\"keep\":\"source\",\"at_ms\":3,\"by\":\"x\"}}\n",
             "0123"
         );
-        let state = last_state(text).expect("a state");
+        let state = states(text).next().expect("a state");
         assert_eq!(state, "committed");
         let name = "source-1".to_owned();
         let journal = Journal { name, state };

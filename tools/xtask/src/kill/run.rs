@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::fault::{self, Strike};
-use super::ground::{Diary, Ground, Hold, Tested};
+use super::ground::{Diary, FREEZE_LIMIT, Ground, Hold, Tested};
 use super::leftovers::{self, Clean};
 use super::moving::Moving;
 use super::plan::{Moment, Plan, Program, Role};
@@ -39,6 +39,8 @@ pub(super) struct Passed {
     pub(super) struck: bool,
     /// What it had told last when it was struck.
     pub(super) told: String,
+    /// The longest time in which clients got no answer.
+    pub(super) standstill: Duration,
 }
 
 impl Known {
@@ -100,7 +102,8 @@ impl Known {
             at: Instant::now(),
             undo: None,
         });
-        let rest = settle::come_to_rest(ground, plan, &mut moving, &mut receiver, strike, diary);
+        let rest =
+            settle::come_to_rest(ground, plan, &mut moving, &mut receiver, strike, log, diary);
         let code = rest.map_err(|error| explained(error, ground))?;
         settle::recover(ground, diary).map_err(|error| explained(error, ground))?;
         let copy = verdict::only_copy(ground).map_err(|error| explained(error, ground))?;
@@ -112,11 +115,16 @@ impl Known {
         let moved = copy != source;
         ground.at = copy;
         claims_are_true(code, moved, struck)?;
+        let standstill = ground.clients.take_standstill();
+        if !moved {
+            freeze_limit_held(plan, standstill)?;
+        }
         Ok(Passed {
             moved,
             code,
             struck,
             told,
+            standstill,
         })
     }
 }
@@ -128,6 +136,21 @@ fn claims_are_true(code: Option<i32>, moved: bool, struck: bool) -> Result<()> {
         Some(0) => ensure!(moved, "crxfer migrate ended with 0, and nothing was moved"),
         _ => ensure!(struck, "crxfer migrate ended with {code:?} by itself"),
     }
+    Ok(())
+}
+
+/// What stays must run on within the limit of the freeze, whatever else is dead; a process that hangs
+/// can do nothing meanwhile.
+fn freeze_limit_held(plan: &Plan, standstill: Duration) -> Result<()> {
+    // A busy machine, TCP that tries again once a second, and an operator who is not that fast.
+    const SLACK: Duration = Duration::from_millis(3500);
+    let limit = Duration::from_secs(FREEZE_LIMIT.into());
+    let excuse = plan.fault.excuse().unwrap_or(Duration::MAX);
+    ensure!(
+        standstill <= limit.saturating_add(SLACK).saturating_add(excuse),
+        "clients had no answer for {:.1} s, and the limit of a freeze is {limit:?}",
+        standstill.as_secs_f64()
+    );
     Ok(())
 }
 

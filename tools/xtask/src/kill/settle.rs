@@ -2,6 +2,7 @@
 //! is unfinished.
 
 use std::fs;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use super::ground::{Diary, Ground};
 use super::journals::{self, Keep};
 use super::moving::Moving;
 use super::plan::{Fault, Plan, Role, Until, Victim};
-use super::processes;
+use super::{processes, verdict};
 use crate::crxfer::Receiver;
 use crate::hosts::Side;
 
@@ -36,6 +37,7 @@ pub(super) fn come_to_rest(
     moving: &mut Moving,
     receiver: &mut Receiver,
     mut strike: Strike,
+    log: &Path,
     diary: &mut Diary,
 ) -> Result<Option<i32>> {
     let source = ground.network.host(ground.side(Role::Source));
@@ -43,6 +45,10 @@ pub(super) fn come_to_rest(
     loop {
         let since = strike.at.elapsed();
         ground.remember_migrations();
+        ground.keep_journals(log);
+        if moving.ended().is_some() {
+            withdraw_what_moved(ground, diary)?;
+        }
         if let Some(undo) = due(&mut strike, plan, ground, diary)? {
             undo.done(ground, &[moving.shell(), receiver.id()], diary)?;
         }
@@ -81,6 +87,22 @@ pub(super) fn come_to_rest(
         }
         thread::sleep(EVERY);
     }
+}
+
+/// The address leaves the source when its journal says that the workload has: the hook that does it
+/// may have died with `crxfer migrate`. Until then the guard keeps CRIU's lock.
+fn withdraw_what_moved(ground: &Ground, diary: &mut Diary) -> Result<()> {
+    let side = ground.side(Role::Source);
+    let journals = journals::all(ground, side);
+    let mut of_source = journals.iter().filter(|it| it.name.starts_with("source-"));
+    if of_source.any(|journal| journal.state == "over") && verdict::has_address(ground, side)? {
+        // Over is also what was kept.
+        if journals::was(ground, side, "moved") {
+            diary.note(format!("withdrawing the address from {side:?}"));
+            ground.withdraw(side);
+        }
+    }
+    Ok(())
 }
 
 /// What is to be undone now. A line that is down for good is first left alone, then an operator

@@ -37,7 +37,8 @@ impl Ended {
                     false => "missed".to_owned(),
                 };
                 format!(
-                    "  ok      seed {seed}: {plan}: {place}, {code}, {when}, {} ms",
+                    "  ok      seed {seed}: {plan}: {place}, {code}, {when}, no answer for {} ms, {} ms",
+                    passed.standstill.as_millis(),
                     self.ms
                 )
             }

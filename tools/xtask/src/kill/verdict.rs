@@ -53,10 +53,9 @@ pub(super) fn lead_clients(
         ground.network.prepare(host)?;
         ground.network.announce(host)?;
     }
-    let other = ground.network.host(copy.other());
     if copy != ground.at && has_address(ground, copy.other())? {
         diary.note(format!("withdrawing the address from {:?}", copy.other()));
-        ground.network.withdraw(other)?;
+        ground.withdraw(copy.other());
     }
     let begin = Instant::now();
     loop {
@@ -118,5 +117,14 @@ impl Fault {
     /// Whether lines are cut.
     fn cuts(&self) -> bool {
         matches!(self, Self::Cut { .. } | Self::Gone { .. })
+    }
+
+    /// How much longer than the limit a freeze may last that it comes within; `None`: any time.
+    pub(super) fn excuse(&self) -> Option<Duration> {
+        match self {
+            Self::Kill { .. } => Some(Duration::ZERO),
+            Self::Hang { ms, .. } | Self::Cut { ms, .. } => Some(Duration::from_millis(*ms)),
+            Self::Gone { .. } => None,
+        }
     }
 }

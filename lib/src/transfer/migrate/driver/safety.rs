@@ -30,8 +30,9 @@ const CRIU_TIME: Duration = Duration::from_millis(600);
 /// How long a killed process may take to be gone.
 const KILL_TIME: Duration = Duration::from_secs(5);
 
-/// A doubt ends when the hosts meet, or an operator decides.
-const FOR_EVER: Duration = Duration::from_secs(100 * 366 * 86_400);
+/// How long one attempt to end a doubt may last. Another one follows, unless the workload was kept
+/// and only the destination does not know yet.
+const ATTEMPT: Duration = Duration::from_secs(30);
 
 /// How CRIU's dump has ended, as far as the tree goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,7 +268,7 @@ impl Driver<'_> {
             }
         };
         let (_never, not_stopped) = tokio::sync::watch::channel(false);
-        let options = self.finish_options(FOR_EVER, not_stopped);
+        let options = self.finish_options(ATTEMPT, not_stopped);
         tokio::pin!(asked);
         loop {
             tokio::select! {
@@ -275,7 +276,11 @@ impl Driver<'_> {
                     Ok(outcome @ (SourceOutcome::Moved { .. } | SourceOutcome::Kept { .. })) => {
                         return Some(outcome);
                     }
-                    Ok(other) => self.emit(MigrateEvent::Warning(format!("{other:?}"))),
+                    // As before.
+                    Ok(SourceOutcome::Held { .. }) => {}
+                    Ok(SourceOutcome::Undecided { reason }) => {
+                        self.emit(MigrateEvent::Warning(reason));
+                    }
                     Err(error) => self.emit(MigrateEvent::Warning(error.to_string())),
                 },
                 () = &mut asked => return None,

@@ -130,7 +130,7 @@ fn ensure_gap(moment: Moment, gap_ms: f64) -> Result<()> {
 }
 
 /// CRIU's network lock, where it is left.
-fn locks(host: &Host) -> Result<Vec<String>> {
+pub(super) fn locks(host: &Host) -> Result<Vec<String>> {
     let tables = run::quiet(host.command("nft").args(["list", "tables"]))?;
     let names = tables
         .lines()

@@ -90,20 +90,20 @@ const POINTS: [Point; 5] = [
     },
 ];
 
-struct Scene<'a> {
-    stage: Stage,
-    mover: Mover<'a>,
+pub(super) struct Scene<'a> {
+    pub(super) stage: Stage,
+    pub(super) mover: Mover<'a>,
 }
 
 impl<'a> Scene<'a> {
-    fn new(context: &'a Context) -> Result<Self> {
+    pub(super) fn new(context: &'a Context) -> Result<Self> {
         Ok(Self {
             stage: small(Rate::Megabits(1000))?,
             mover: Mover::new(context)?,
         })
     }
 
-    fn network(&self) -> &Network {
+    pub(super) fn network(&self) -> &Network {
         &self.stage.network
     }
 
@@ -112,19 +112,24 @@ impl<'a> Scene<'a> {
         self.mover.memory.path().join(format!("{side}-reached"))
     }
 
-    fn receive(&self, point: Option<&str>) -> Result<Receiver> {
+    pub(super) fn receive(&self, point: Option<&str>) -> Result<Receiver> {
         let crxfer = self.pausing("destination", point);
         self.mover.receive_again(&crxfer, self.network())
     }
 
-    fn migrate(&self, to: &Receiver, point: Option<&str>) -> Result<Migrating> {
+    pub(super) fn migrate(&self, to: &Receiver, point: Option<&str>) -> Result<Migrating> {
         let crxfer = self.pausing("source", point);
-        let state = self.mover.memory.path().join("source");
+        let state = self.records();
         let state = state.to_str().context("a place with a plain name")?;
         let words = [TCP, "--state", state];
         crxfer
             .migrate(&self.network().hosts.a, self.stage.pid, to, &words)?
             .start()
+    }
+
+    /// The source's journals.
+    pub(super) fn records(&self) -> PathBuf {
+        self.mover.memory.path().join("source")
     }
 
     fn pausing(&self, side: &str, point: Option<&str>) -> crate::crxfer::Crxfer {
@@ -139,7 +144,7 @@ impl<'a> Scene<'a> {
         }
     }
 
-    fn await_reached(&self, side: &str) -> Result<()> {
+    pub(super) fn await_reached(&self, side: &str) -> Result<()> {
         let file = self.reached(side);
         run::wait_for(&format!("the {side}'s point"), LIMIT, || {
             file.exists().then_some(())
@@ -147,7 +152,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Waits until the workload answers on B, and on no other host.
-    fn await_on_b(&self) -> Result<()> {
+    pub(super) fn await_on_b(&self) -> Result<()> {
         run::wait_for("the copy on B", SETTLED_WITHIN, || {
             self.stage.ensure_at(crate::hosts::Side::B).ok()
         })
@@ -161,7 +166,7 @@ impl<'a> Scene<'a> {
     }
 
     /// What the journals say, for errors.
-    fn journals(&self) -> String {
+    pub(super) fn journals(&self) -> String {
         let places = [
             self.mover.received().join(".crxfer/state"),
             self.mover.memory.path().join("source"),

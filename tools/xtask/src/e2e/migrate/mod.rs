@@ -5,6 +5,7 @@ mod held;
 mod pre_dumps;
 mod programs;
 mod scripts;
+mod sources;
 mod trouble;
 mod zdtm;
 
@@ -37,6 +38,7 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
     trouble::cases(context, report);
     crashes::cases(context, report);
     held::cases(context, report);
+    sources::cases(context, report);
     zdtm::cases(context, report);
 }
 
