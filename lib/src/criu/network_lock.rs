@@ -85,6 +85,30 @@ pub(crate) struct Silenced {
     pub(crate) connections: HashSet<(SocketAddr, SocketAddr)>,
 }
 
+impl Silenced {
+    /// CRIU makes the table before it knows of any connection, and for trees that have none.
+    pub(crate) fn is_nothing(&self) -> bool {
+        !self.all && self.connections.is_empty()
+    }
+}
+
+/// Whether process `pid` is a CRIU that may have such a table, or a part of one.
+pub(crate) fn is_process_of_criu(pid: u32) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    is_criu(String::from_utf8_lossy(&line).split('\0'))
+}
+
+fn is_criu<'a>(arguments: impl Iterator<Item = &'a str>) -> bool {
+    // The program may have been started through a loader or a wrapper.
+    let name = |argument: &&str| {
+        let name = argument.rsplit('/').next();
+        !name.is_some_and(|name| name.starts_with("criu"))
+    };
+    const OPERATIONS: [&str; 4] = ["swrk", "service", "dump", "restore"];
+    let mut after = arguments.skip_while(name);
+    after.any(|argument| OPERATIONS.contains(&argument))
+}
+
 /// What the table keeps silent, in this network namespace.
 pub(crate) fn silenced_by(table: &str) -> Result<Silenced, LockError> {
     let text = nft(&["list", "table", "inet", table])?.map_err(unreadable)?;
@@ -177,5 +201,17 @@ mod tests {
         );
         assert!(!found.all);
         assert!(silenced("chain input { type filter; policy drop; }").all);
+    }
+
+    #[test]
+    fn a_criu_is_known_by_its_command_line() {
+        let is = |line: &str| is_criu(line.split(' '));
+        assert!(is("/usr/sbin/criu swrk 17"));
+        assert!(is(
+            "/lib/ld-linux.so.2 --argv0 criu /usr/lib/criu.bin dump -t 7"
+        ));
+        assert!(!is("criu check"));
+        assert!(!is("memcached restore"));
+        assert!(!is(""));
     }
 }

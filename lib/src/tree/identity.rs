@@ -43,6 +43,12 @@ impl Process {
         })
     }
 
+    /// The process that has this pid now, if only as a zombie.
+    pub(crate) fn dead_or_alive(pid: u32) -> Option<Self> {
+        let started = Stat::of(pid)?.started;
+        Some(Self { pid, started })
+    }
+
     /// Whether it is still there, and no zombie.
     pub fn is_there(&self) -> bool {
         Self::of(self.pid) == Some(*self)

@@ -2,10 +2,11 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use super::{Process, Tree, network, within};
+use super::{Tree, network, within};
 
 /// Whether `program` can be run here.
 fn has(program: &str) -> bool {
@@ -102,6 +103,24 @@ impl Memcached {
         Client(stream.expect("it is connected"), 0)
     }
 
+    /// Whether a new connection finds the value of the exchange with this number.
+    pub(super) fn finds_value_of(&self, number: u64, limit: Duration) -> bool {
+        let value = format!("{number:020}");
+        let expected = format!("VALUE key 0 {}\r\n{value}\r\nEND\r\n", value.len());
+        let stream = TcpStream::connect(("127.0.0.1", self.port));
+        stream.is_ok_and(|stream| Client(stream, 0).exchange("get key\r\n", &expected, limit))
+    }
+
+    /// The signal by which it has ended.
+    pub(super) fn ended_by(&mut self) -> Option<i32> {
+        let mut status = None;
+        within(Duration::from_secs(1), || {
+            status = self.child.try_wait().expect("our child");
+            status.is_some()
+        });
+        status.and_then(|status| status.signal())
+    }
+
     /// Waits for the end of the original.
     pub(super) fn reap(&mut self) {
         self.child.wait().expect("our child can be reaped");
@@ -132,13 +151,6 @@ impl Client {
         self.exchange(&set, &expected, limit)
     }
 
-    /// Whether the value of the last exchange is there.
-    pub(super) fn finds_its_value(&mut self, limit: Duration) -> bool {
-        let value = format!("{:020}", self.1);
-        let expected = format!("VALUE key 0 {}\r\n{value}\r\nEND\r\n", value.len());
-        self.exchange("get key\r\n", &expected, limit)
-    }
-
     /// Waits for the rest of the answer to an exchange that was in vain.
     pub(super) fn is_served_late(&mut self, limit: Duration) -> bool {
         let value = format!("{:020}", self.1);
@@ -157,9 +169,4 @@ impl Client {
             && stream.read_exact(&mut answer).is_ok()
             && answer == expected.as_bytes()
     }
-}
-
-/// The process with this pid, if it is there.
-pub(super) fn process(pid: u32) -> Process {
-    Process::of(pid).expect("it is there")
 }

@@ -2,16 +2,14 @@
 
 use std::fs;
 use std::sync::Once;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::preflight::Stat;
-use rustix::process::{Pid, Signal, WaitOptions};
+use crate::tree::{Process, copy};
+use rustix::process::{Pid, WaitOptions};
 
 /// How often the dead are looked for.
 const EVERY: Duration = Duration::from_millis(200);
-
-/// Large memory takes a while to be given back.
-const GONE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Processes that lose their parent come to this one from now on: what CRIU leaves behind can be
 /// found and killed, and restored trees stay where they can be reaped.
@@ -57,30 +55,19 @@ fn wait_for(pid: u32) {
 
 /// Kills what is left of a copy with these pids, waits until it is gone and its pids are free; gives
 /// how many processes that were.
-#[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
 pub(super) fn kill(tasks: &[u32]) -> usize {
     let own = std::process::id();
-    let mut left: Vec<u32> = tasks
+    let ours = tasks
         .iter()
-        .copied()
-        .filter(|&pid| pid != own && descends_from(pid, own))
+        .filter(|&&pid| pid != own && descends_from(pid, own));
+    let left: Vec<Process> = ours
+        .filter_map(|&pid| Process::dead_or_alive(pid))
         .collect();
-    let count = left.len();
-    for pid in left.iter().filter_map(|&pid| to_pid(pid)) {
-        let _ = rustix::process::kill_process(pid, Signal::KILL);
+    let stayed = copy::remove(&left);
+    if stayed > 0 {
+        tracing::warn!("{stayed} killed processes of a copy do not go away");
     }
-    // One whose parent is among them becomes a child of this process when that has gone.
-    let begun = Instant::now();
-    while begun.elapsed() < GONE_WITHIN {
-        left.iter().for_each(|&pid| wait_for(pid));
-        left.retain(|&pid| parent_of(pid).is_some());
-        if left.is_empty() {
-            return count;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    tracing::warn!("killed processes {left:?} do not go away");
-    count
+    left.len()
 }
 
 fn descends_from(pid: u32, ancestor: u32) -> bool {
