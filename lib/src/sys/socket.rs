@@ -41,8 +41,8 @@ pub(crate) fn end_tcp_repair(socket: impl AsFd) -> Result<()> {
     checked(result)
 }
 
-/// Of an `int`.
-const LENGTH: libc::socklen_t = 4;
+#[expect(clippy::cast_possible_truncation, reason = "four bytes")]
+const LENGTH: libc::socklen_t = size_of::<libc::c_int>() as libc::socklen_t;
 
 fn checked(result: libc::c_int) -> Result<()> {
     if result == 0 {
