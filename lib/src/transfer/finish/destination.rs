@@ -321,7 +321,14 @@ fn look(about: &DestinationAbout) -> copy::Found {
 }
 
 fn wanted(about: &DestinationAbout) -> copy::Wanted {
-    let tree = facts_of(about).tree;
+    let mut tree = facts_of(about).tree;
+    // The root first: that is the one to name.
+    if let Some(at) = about
+        .pid
+        .and_then(|root| tree.tasks.iter().position(|&id| id == root))
+    {
+        tree.tasks[..=at].rotate_right(1);
+    }
     copy::Wanted {
         tasks: tree.tasks,
         own_pid_namespace: tree.own_pid_namespace,
