@@ -13,7 +13,7 @@ use crxfer::identity::Fingerprint;
 use crxfer::page::PageSize;
 use crxfer::preflight;
 use crxfer::store::Index;
-use crxfer::testing::fuzz::{sample_messages, sample_notes, sample_steps, session_seeds, standby_seeds};
+use crxfer::testing::fuzz::{journal_seeds, sample_messages, sample_notes, sample_steps, session_seeds, standby_seeds};
 use crxfer::ticket::{Secret, Ticket};
 use crxfer::wire::{Codec, FrameHeader, Message, Op, encode_ops};
 
@@ -33,6 +33,9 @@ fn main() -> Done {
     facts()?;
     page_streams()?;
     migrations()?;
+    for (index, seed) in journal_seeds().iter().enumerate() {
+        put("journal", &format!("seed-{index}"), seed)?;
+    }
     sessions()
 }
 

@@ -92,8 +92,13 @@ impl Silenced {
     }
 }
 
-/// Whether the command line `arguments` is that of a CRIU that may have such a table.
-pub(crate) fn is_criu<'a>(arguments: impl Iterator<Item = &'a str>) -> bool {
+/// Whether process `pid` is a CRIU that may have such a table, or a part of one.
+pub(crate) fn is_process_of_criu(pid: u32) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    is_criu(String::from_utf8_lossy(&line).split('\0'))
+}
+
+fn is_criu<'a>(arguments: impl Iterator<Item = &'a str>) -> bool {
     // The program may have been started through a loader or a wrapper.
     let name = |argument: &&str| {
         let name = argument.rsplit('/').next();

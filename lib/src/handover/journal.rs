@@ -11,24 +11,27 @@
 //! a step from the same state.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Seek as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+pub use super::about::{DestinationAbout, SourceAbout};
 use super::state::{DestinationState, Keep, SourceState};
-use crate::tree::{Fence, Process, Tree};
 use crate::wire::MigrationId;
 
 /// Where journals lie, below the directory of the state.
 const JOURNAL: &str = "journal";
+// As long as its first lines are not all there.
+const UNBEGUN: &str = "journal.new";
 const LOCK: &str = "lock";
 
 /// Longest journal that is read, in bytes: that of a large tree has a few hundred kilobytes.
-const MOST_BYTES: u64 = 16 << 20;
+const MOST_BYTES: usize = 16 << 20;
 
 /// Hexadecimal digits before each record.
 const CHECKSUM_DIGITS: usize = 8;
@@ -46,9 +49,9 @@ pub enum JournalError {
         /// Why not.
         source: io::Error,
     },
-    /// A line that was not torn by a power cut is not what was written.
+    /// A line that was not torn by a power cut is not what was written, or of another version.
     #[error(
-        "{path}: line {line} is damaged; look on both hosts where the workload runs, end what must not, then remove {}",
+        "{path}: line {line} is damaged, or of another version of crxfer; look on both hosts where the workload runs, end what must not, then remove {}",
         path.parent().unwrap_or(path).display()
     )]
     Damaged {
@@ -111,7 +114,7 @@ pub struct Entry<S> {
 pub struct History<S: State> {
     /// The header as it was written last.
     pub about: S::About,
-    /// All states, oldest first; at least one.
+    /// All states, oldest first. None where a power cut has torn the first: then it is that one.
     pub entries: Vec<Entry<S>>,
     /// The last decision, and whose.
     pub decided: Option<(Keep, String)>,
@@ -141,6 +144,8 @@ pub struct Journal<S: State> {
     id: MigrationId,
     file: File,
     durable: bool,
+    // Threads that share this one: the file's lock is the same for all of them.
+    turn: Mutex<()>,
     side: std::marker::PhantomData<S>,
 }
 
@@ -173,7 +178,7 @@ impl<S: State> Journal<S> {
             found: "another process's lease".into(),
             wanted: "a new migration".into(),
         })?;
-        let path = directory.join(JOURNAL);
+        let path = directory.join(UNBEGUN);
         let file = options().create_new(true).open(&path);
         let file = file.map_err(failed("create", &path))?;
         let journal = Self {
@@ -181,6 +186,7 @@ impl<S: State> Journal<S> {
             directory,
             id,
             file,
+            turn: Mutex::new(()),
             side: std::marker::PhantomData,
         };
         journal.append(&Line::About(Box::new(about)), Sync::Quick)?;
@@ -190,6 +196,7 @@ impl<S: State> Journal<S> {
             note: String::new(),
         };
         journal.append(&first, Sync::Durable)?;
+        fs::rename(&path, journal.path()).map_err(failed("rename", &path))?;
         if journal.durable {
             for path in [journal.directory.as_path(), root] {
                 let synced = File::open(path).and_then(|directory| directory.sync_all());
@@ -212,6 +219,7 @@ impl<S: State> Journal<S> {
             directory,
             id,
             file,
+            turn: Mutex::new(()),
             side: std::marker::PhantomData,
         }))
     }
@@ -273,13 +281,27 @@ impl<S: State> Journal<S> {
     /// What it says now.
     pub fn read(&self) -> Result<History<S>, JournalError> {
         let path = self.path();
+        Ok(parse(&self.bytes()?, &path)?.0)
+    }
+
+    fn bytes(&self) -> Result<Vec<u8>, JournalError> {
+        let path = self.path();
         let mut bytes = Vec::new();
-        let mut file = &self.file;
-        file.rewind().map_err(failed("read", &path))?;
-        file.take(MOST_BYTES)
-            .read_to_end(&mut bytes)
-            .map_err(failed("read", &path))?;
-        parse(&bytes, &path)
+        let mut part = [0; 16 << 10];
+        loop {
+            // By position: threads may share the file.
+            match self.file.read_at(&mut part, bytes.len() as u64) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(failed("read", &path)(error)),
+                Ok(0) => return Ok(bytes),
+                Ok(read) => bytes.extend_from_slice(&part[..read]),
+            }
+            if bytes.len() > MOST_BYTES {
+                // What lies behind might be what counts.
+                let error = io::Error::other(format!("it has more than {MOST_BYTES} bytes"));
+                return Err(failed("read", &path)(error));
+            }
+        }
     }
 
     /// Records a step. Fails where it may not follow what the journal says by now.
@@ -299,7 +321,7 @@ impl<S: State> Journal<S> {
 
     fn step(&self, next: S, note: &str, sync: Sync) -> Result<(), JournalError> {
         let _locked = self.locked()?;
-        let found = self.read()?.state();
+        let found = self.settled()?.state();
         if !found.may_become(next) {
             return Err(JournalError::Overtaken {
                 path: self.path(),
@@ -318,6 +340,7 @@ impl<S: State> Journal<S> {
     /// Records what an operator or a policy decided; whoever has the lease acts upon it.
     pub fn decide(&self, keep: Keep, by: &str) -> Result<(), JournalError> {
         let _locked = self.locked()?;
+        self.settled()?;
         let decided = Line::Decided {
             keep,
             at_ms: now_ms(),
@@ -328,15 +351,19 @@ impl<S: State> Journal<S> {
 
     /// Replaces the header by one that knows more.
     pub fn note(&self, about: S::About) -> Result<(), JournalError> {
-        let _locked = self.locked()?;
-        self.append(&Line::About(Box::new(about)), Sync::Durable)
+        self.replace(about, Sync::Durable)
     }
 
     /// As [`note`](Self::note), without waiting for the disk: for what does not outlive this boot, such
     /// as processes.
     pub fn note_quickly(&self, about: S::About) -> Result<(), JournalError> {
+        self.replace(about, Sync::Quick)
+    }
+
+    fn replace(&self, about: S::About, sync: Sync) -> Result<(), JournalError> {
         let _locked = self.locked()?;
-        self.append(&Line::About(Box::new(about)), Sync::Quick)
+        self.settled()?;
+        self.append(&Line::About(Box::new(about)), sync)
     }
 
     /// Removes the journal and its directory. Only after the last state, or where a migration never
@@ -349,54 +376,49 @@ impl<S: State> Journal<S> {
         self.directory.join(JOURNAL)
     }
 
+    // All or nothing: what was written in part is taken back, or dropped by the next one.
     fn append(&self, line: &Line<S, S::About>, sync: Sync) -> Result<(), JournalError> {
         let path = self.path();
         let json = serde_json::to_string(line).expect("plain data is JSON");
-        let mut text = checksum(&json);
-        text.push(' ');
-        text.push_str(&json);
-        text.push('\n');
-        let length = self.whole_lines().map_err(failed("read", &path))?;
-        if let Err(error) = (&self.file).write_all(text.as_bytes()) {
-            // Half a line, on a full disk, would hide the next one.
-            let _ = self.file.set_len(length);
-            return Err(failed("write", &path)(error));
+        let text = format!("{} {json}\n", checksum(&json));
+        let length = self.file.metadata().map_err(failed("examine", &path))?;
+        let written = (&self.file).write_all(text.as_bytes());
+        let written = written.map_err(failed("write", &path)).and_then(|()| {
+            let synced = if self.durable && sync == Sync::Durable {
+                self.file.sync_data()
+            } else {
+                Ok(())
+            };
+            synced.map_err(failed("sync", &path))
+        });
+        if written.is_err() {
+            let _ = self.file.set_len(length.len());
         }
-        if self.durable && sync == Sync::Durable {
-            self.file.sync_data().map_err(failed("sync", &path))?;
-        }
-        Ok(())
-    }
-
-    // Removes what a power cut has left of a line: behind it the next one would not count either.
-    fn whole_lines(&self) -> io::Result<u64> {
-        let length = self.file.metadata()?.len();
-        let mut last = [b'\n'];
-        if let Some(at) = length.checked_sub(1) {
-            self.file.read_exact_at(&mut last, at)?;
-        }
-        if last == [b'\n'] {
-            return Ok(length);
-        }
-        let mut bytes = Vec::new();
-        let mut file = &self.file;
-        file.rewind()?;
-        file.take(MOST_BYTES).read_to_end(&mut bytes)?;
-        let whole = bytes.iter().rposition(|byte| *byte == b'\n');
-        let whole = whole.map_or(0, |at| at as u64 + 1);
-        self.file.set_len(whole)?;
-        Ok(whole)
+        written
     }
 
     // Released with the guard. A lock of the open file, which dies with its process.
     fn locked(&self) -> Result<Locked<'_>, JournalError> {
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             match rustix::fs::flock(&self.file, FlockOperation::LockExclusive) {
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(failed("lock", &self.path())(error.into())),
-                Ok(()) => return Ok(Locked(&self.file)),
+                Ok(()) => return Ok(Locked(&self.file, turn)),
             }
         }
+    }
+
+    // What it says, for whoever has it locked and will append: a torn last line goes.
+    fn settled(&self) -> Result<History<S>, JournalError> {
+        let path = self.path();
+        let bytes = self.bytes()?;
+        let (history, whole) = parse(&bytes, &path)?;
+        if whole < bytes.len() {
+            let cut = self.file.set_len(whole as u64);
+            cut.map_err(failed("cut a torn line from", &path))?;
+        }
+        Ok(history)
     }
 }
 
@@ -407,7 +429,10 @@ enum Sync {
     Quick,
 }
 
-struct Locked<'a>(&'a File);
+struct Locked<'a>(
+    &'a File,
+    #[expect(dead_code, reason = "held")] MutexGuard<'a, ()>,
+);
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
@@ -436,48 +461,52 @@ fn lease(directory: &Path) -> Result<Option<Lease>, JournalError> {
     }
 }
 
-fn parse<S: State>(bytes: &[u8], path: &Path) -> Result<History<S>, JournalError> {
+// What it says, and how many of its bytes say so.
+fn parse<S: State>(bytes: &[u8], path: &Path) -> Result<(History<S>, usize), JournalError> {
     let mut about = None;
     let mut entries = Vec::new();
     let mut decided = None;
-    let at = |ms| UNIX_EPOCH + Duration::from_millis(ms);
+    let mut whole = 0;
+    let at = |ms| UNIX_EPOCH.checked_add(Duration::from_millis(ms));
     let mut lines = bytes.split_inclusive(|byte| *byte == b'\n').enumerate();
     let damaged = |index: usize| JournalError::Damaged {
         path: path.to_owned(),
         line: index + 1,
     };
-    while let Some((index, line)) = lines.next() {
-        let Some(line) = parse_line::<S>(line) else {
+    while let Some((index, text)) = lines.next() {
+        let Some(json) = checked(text) else {
             // The last one may be torn; what stands before it is what counts.
             if lines.next().is_none() && about.is_some() {
                 break;
             }
             return Err(damaged(index));
         };
+        // What is whole and not understood is of a later version, and may be what counts.
+        let line = serde_json::from_str::<Line<S, S::About>>(json).map_err(|_| damaged(index))?;
+        whole += text.len();
         match line {
             Line::About(newer) => about = Some(*newer),
             Line::State { state, at_ms, note } => entries.push(Entry {
                 state,
-                at: at(at_ms),
+                at: at(at_ms).unwrap_or(UNIX_EPOCH),
                 note,
             }),
             Line::Decided { keep, by, .. } => decided = Some((keep, by)),
         }
     }
-    Ok(History {
+    let history = History {
         about: about.ok_or_else(|| damaged(0))?,
         entries,
         decided,
-    })
+    };
+    Ok((history, whole))
 }
 
-fn parse_line<S: State>(line: &[u8]) -> Option<Line<S, S::About>> {
+fn checked(line: &[u8]) -> Option<&str> {
     let text = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
     let (sum, json) = text.split_at_checked(CHECKSUM_DIGITS)?;
     let json = json.strip_prefix(' ')?;
-    (checksum(json) == sum)
-        .then(|| serde_json::from_str(json).ok())
-        .flatten()
+    (checksum(json) == sum).then_some(json)
 }
 
 fn checksum(json: &str) -> String {
@@ -505,69 +534,6 @@ fn failed<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
     }
 }
 
-/// What must be known of a migration to end it on the source.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SourceAbout {
-    /// Name of the migration.
-    pub name: String,
-    /// The tree's processes: pids as this host sees them, and when they were started.
-    pub tree: Tree,
-    /// Where the destination may be met again, best first.
-    pub addresses: Vec<std::net::SocketAddr>,
-    /// Fingerprint of the destination's key.
-    pub peer: String,
-    /// This host's key for the meeting: a PEM file beside the journal or of the operator's.
-    pub identity: PathBuf,
-    /// Directory of the last images, removed with the migration.
-    pub work: PathBuf,
-    /// Id that CRIU gives its network lock, once that is known.
-    pub run_id: Option<String>,
-    /// Names of nftables tables of CRIU's that were there before: not this migration's.
-    pub foreign_tables: Vec<String>,
-    /// Process of `criu`, and when it was started.
-    pub criu: Option<Process>,
-    /// The fence, once there is one.
-    pub fence: Option<Fence>,
-    /// What to do where the destination cannot be reached.
-    pub on_partition: super::OnPartition,
-    /// How long it holds first, in milliseconds from the commit.
-    #[serde(default)]
-    pub partition_wait_ms: u64,
-    /// Addresses that the workload's sockets are bound to: the network lock goes when they have.
-    pub bound: Vec<std::net::IpAddr>,
-}
-
-/// What must be known of a migration to end it on the destination.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DestinationAbout {
-    /// Name of the migration.
-    pub name: String,
-    /// Fingerprint of the source's key: only it is answered.
-    pub peer: String,
-    /// Where the source was.
-    pub address: std::net::SocketAddr,
-    /// Directory of the migration: iterations, `final`, `work`.
-    pub place: PathBuf,
-    /// The source's facts, as preflight encodes them: pids, sockets, addresses.
-    pub facts: Vec<u8>,
-    /// What CRIU must be told, as the source asked.
-    pub options: crate::wire::RestoreOptions,
-    /// CRIU.
-    pub program: PathBuf,
-    /// A file of CRIU options of this host.
-    pub config_file: Option<PathBuf>,
-    /// Commands at named moments, each as the command line takes it.
-    pub hooks: Vec<String>,
-    /// Milliseconds that each of them may take.
-    pub hook_limit_ms: u64,
-    /// Which boot of this host it was: what runs does not outlive it.
-    pub boot: String,
-    /// Process of `criu`, and when it was started: copies are begun after that.
-    pub criu: Option<Process>,
-    /// Root process of the copy, once it is known.
-    pub pid: Option<u32>,
-}
-
 impl State for SourceState {
     type About = SourceAbout;
     const SIDE: &'static str = "source";
@@ -589,3 +555,8 @@ impl State for DestinationState {
         self.may_become(next)
     }
 }
+
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod fuzz;
+#[cfg(test)]
+mod tests;

@@ -11,10 +11,14 @@
 //!                  └────────────┴─ removing ─ removed ─ over
 //! ```
 //!
+//! An operator's word opens a few more ways, where nobody could know or a copy cannot be built:
+//! [`SourceState::may_become`], [`DestinationState::may_become`].
+//!
 //! - [`state`] says which step may follow which, and what is to be done where a side finds itself
 //!   alone or meets the other again. It does no I/O and is what the simulator runs.
 //! - [`journal`] keeps the records of one migration on one host.
 
+mod about;
 pub mod journal;
 pub mod state;
 

@@ -52,6 +52,9 @@ pub enum DestinationState {
 }
 
 /// What an operator decides where nobody can know.
+///
+/// [`Keep::Source`] must be said at the destination first: once it has recorded
+/// [`DestinationState::Removing`], no commit that is still on its way can bring the copy to life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Keep {
@@ -100,8 +103,9 @@ pub enum SourceDuty {
 /// What a destination has to do that finds itself alone with its journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationDuty {
-    /// Record [`DestinationState::Removing`], end what is left of the copy, remove the images,
-    /// record [`DestinationState::Removed`].
+    /// Record [`DestinationState::Removing`], end what is left of the copy (from
+    /// [`DestinationState::Running`] also one that runs), remove the images, record
+    /// [`DestinationState::Removed`].
     Remove,
     /// Keep images, and the copy as it is; the source or an operator will decide.
     Hold,
@@ -109,6 +113,10 @@ pub enum DestinationDuty {
     /// let it go; record [`DestinationState::Running`]. Where it can be seen that it has run, only
     /// the latter.
     Resume,
+    /// The operator wants the source's tree, and the copy could not be brought to life: as
+    /// [`Remove`](Self::Remove), but as [`Resume`](Self::Resume) where it can be seen that the copy
+    /// has run.
+    GiveBack,
     /// Nothing; the answer to a source that asks.
     Tell(Answer),
 }
@@ -121,9 +129,10 @@ impl SourceState {
             Begun => false,
             Freezing => self == Begun,
             Fencing => self == Freezing,
-            // From freezing where no tree is left that a fence could hold.
-            Committed => matches!(self, Freezing | Fencing),
-            Moved => self == Committed,
+            // From freezing and keeping only where no tree is left that a fence could hold.
+            Committed => matches!(self, Freezing | Fencing | Keeping),
+            // From kept only where two run, and the operator wants the copy.
+            Moved => matches!(self, Committed | Kept),
             Keeping => matches!(self, Begun | Freezing | Fencing | Committed),
             Kept => self == Keeping,
             Over => matches!(self, Moved | Kept),
@@ -146,7 +155,6 @@ impl SourceState {
         match self {
             Self::Over => SourceDuty::Nothing,
             Self::Kept => SourceDuty::TellAbort,
-            Self::Keeping => SourceDuty::KeepTree,
             Self::Moved => SourceDuty::EndTree,
             Self::Committed => match decided {
                 Some(Keep::Source) if has_tree => SourceDuty::KeepTree,
@@ -155,17 +163,18 @@ impl SourceState {
             },
             // A program may end while it runs.
             Self::Begun => SourceDuty::KeepTree,
-            // Frozen programs do not end by themselves.
-            Self::Freezing | Self::Fencing if !has_tree => match decided {
+            // Frozen programs do not end by themselves. While keeping, it may have been frozen still:
+            // then the images of the destination are all that is left, and must not be removed.
+            Self::Freezing | Self::Fencing | Self::Keeping if !has_tree => match decided {
                 Some(Keep::Source) => SourceDuty::KeepTree,
                 Some(Keep::Destination) => SourceDuty::EndTreeAndTell,
                 None => SourceDuty::AskOperator,
             },
-            Self::Freezing | Self::Fencing => SourceDuty::KeepTree,
+            Self::Freezing | Self::Fencing | Self::Keeping => SourceDuty::KeepTree,
         }
     }
 
-    /// What a source that has committed does when the destination has answered; `None`: ask again.
+    /// What follows for a source when the destination has answered; `None`: ask again.
     pub fn answered(self, answer: Answer, decided: Option<Keep>) -> Option<Self> {
         match (self, answer) {
             (Self::Committed, Answer::Runs { .. }) => Some(Self::Moved),
@@ -175,7 +184,14 @@ impl SourceState {
             (Self::Committed, Answer::Unknown) if decided == Some(Keep::Source) => {
                 Some(Self::Keeping)
             }
+            (Self::Committed, Answer::Unknown) if decided == Some(Keep::Destination) => {
+                Some(Self::Moved)
+            }
             (Self::Kept, Answer::Removed | Answer::Unknown) => Some(Self::Over),
+            // Two run, and the operator wants that one.
+            (Self::Kept, Answer::Runs { .. }) if decided == Some(Keep::Destination) => {
+                Some(Self::Moved)
+            }
             _ => None,
         }
     }
@@ -190,7 +206,9 @@ impl DestinationState {
             Complete => self == Receiving,
             Resuming => self == Complete,
             Running => self == Resuming,
-            Removing => matches!(self, Receiving | Complete),
+            // From resuming only where the copy has never run; from running only where the source
+            // has said that its tree runs, and the operator wants that one.
+            Removing => matches!(self, Receiving | Complete | Resuming | Running),
             Removed => self == Removing,
             Over => matches!(self, Running | Removed),
         }
@@ -207,15 +225,25 @@ impl DestinationState {
         match self {
             Self::Receiving | Self::Removing => DestinationDuty::Remove,
             Self::Complete => match (verdict, decided) {
-                (Verdict::Commit, _) => DestinationDuty::Resume,
-                (Verdict::Abort, _) => DestinationDuty::Remove,
-                (Verdict::Ask, Some(Keep::Destination)) => DestinationDuty::Resume,
-                (Verdict::Ask, Some(Keep::Source)) => DestinationDuty::Remove,
+                // The operator's word goes before a commit: the source may have the same word from
+                // the operator, and runs its tree, while its commit is still on the way.
+                (Verdict::Abort, _) | (_, Some(Keep::Source)) => DestinationDuty::Remove,
+                (Verdict::Commit, _) | (_, Some(Keep::Destination)) => DestinationDuty::Resume,
                 (Verdict::Ask, None) => DestinationDuty::Hold,
             },
+            Self::Resuming if decided == Some(Keep::Source) => DestinationDuty::GiveBack,
             Self::Resuming => DestinationDuty::Resume,
+            // Two run: the source's tree, as it says, and the copy.
+            Self::Running if verdict == Verdict::Abort && decided == Some(Keep::Source) => {
+                DestinationDuty::Remove
+            }
             Self::Running => DestinationDuty::Tell(Answer::Runs { pid: 0 }),
-            Self::Removed | Self::Over => DestinationDuty::Tell(Answer::Removed),
+            Self::Removed => DestinationDuty::Tell(Answer::Removed),
+            // Whichever of the two it was. A source that would need to know has not let go of it.
+            Self::Over => DestinationDuty::Tell(Answer::Unknown),
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -41,6 +41,7 @@ pub(crate) fn end_tcp_repair(socket: impl AsFd) -> Result<()> {
     checked(result)
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "four bytes")]
 const LENGTH: libc::socklen_t = size_of::<libc::c_int>() as libc::socklen_t;
 
 fn checked(result: libc::c_int) -> Result<()> {

@@ -41,7 +41,18 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("page_stream", page_stream),
     ("stream_note", stream_note),
     ("standby", standby),
+    ("journal", journal),
 ];
+
+/// A migration's journal: see [`crate::handover::journal`].
+pub fn journal(data: &[u8]) {
+    crate::handover::journal::fuzz::journal(data);
+}
+
+/// Journals of both sides, whole and torn.
+pub fn journal_seeds() -> Vec<Vec<u8>> {
+    crate::handover::journal::fuzz::journal_seeds()
+}
 
 /// Records of an image: they follow one another without a gap and end with the file or an error.
 pub fn image_framing(data: &[u8]) {

@@ -18,6 +18,7 @@ use super::finish::{
     finish_source,
 };
 use super::pause;
+use super::recv::stand_in::{self, StandIn};
 use crate::handover::{
     DestinationState, Journal, JournalError, Lease, SourceState, Verdict, journal::State,
 };
@@ -138,6 +139,8 @@ pub fn run_guard(state: &Path, side: GuardSide) -> Result<(), JournalError> {
     let _ = fs::write("/proc/self/oom_score_adj", "-900");
     // Whatever directory the parent was started in must not be held.
     let _ = std::env::set_current_dir("/");
+    // Its number, to tell its word from that of the next one.
+    let parent = std::os::unix::process::parent_id();
     let mut byte = [0];
     loop {
         match io::stdin().lock().read(&mut byte) {
@@ -157,15 +160,16 @@ pub fn run_guard(state: &Path, side: GuardSide) -> Result<(), JournalError> {
     })?;
     runtime.block_on(async {
         match side {
-            GuardSide::Source => look_after::<SourceState>(state).await,
-            GuardSide::Destination => look_after::<DestinationState>(state).await,
+            GuardSide::Source => look_after::<SourceState>(state, parent).await,
+            GuardSide::Destination => look_after::<DestinationState>(state, parent).await,
         }
     })
 }
 
-async fn look_after<S: Guarded>(state: &Path) -> Result<(), JournalError> {
+async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), JournalError> {
     let mut quiet = 0;
     let mut settled = Vec::new();
+    let mut place = None;
     let mut said = HashMap::new();
     let begun = now();
     while quiet < QUIET_ROUNDS {
@@ -197,8 +201,15 @@ async fn look_after<S: Guarded>(state: &Path) -> Result<(), JournalError> {
                 say(&format!("{id}: {text}"));
             }
         }
+        if S::stand_in(&mut place, state, parent, quiet == 0).await {
+            quiet = 0;
+        }
         tokio::time::sleep(ROUND).await;
     }
+    if let Some(place) = place {
+        place.leave().await;
+    }
+    stand_in::forget(state, parent);
     Ok(())
 }
 
@@ -221,6 +232,17 @@ enum Round {
 
 /// A side whose journals can be finished.
 trait Guarded: State {
+    /// Answers the other hosts in the place of `parent`, where that `is_needed`; true while one is being
+    /// answered.
+    async fn stand_in(
+        _place: &mut Option<StandIn>,
+        _state: &Path,
+        _parent: u32,
+        _is_needed: bool,
+    ) -> bool {
+        false
+    }
+
     /// `at_work`: for how long this guard has been trying.
     async fn finish(
         journal: Journal<Self>,
@@ -265,6 +287,24 @@ impl Guarded for SourceState {
 }
 
 impl Guarded for DestinationState {
+    async fn stand_in(
+        place: &mut Option<StandIn>,
+        state: &Path,
+        parent: u32,
+        is_needed: bool,
+    ) -> bool {
+        if !StandIn::is_wanted(state, parent) {
+            if let Some(left) = place.take() {
+                left.leave().await;
+            }
+            return false;
+        }
+        if place.is_none() && is_needed {
+            *place = StandIn::of(state, parent);
+        }
+        place.as_ref().is_some_and(StandIn::is_talking)
+    }
+
     async fn finish(
         journal: Journal<Self>,
         lease: &Lease,

@@ -8,6 +8,7 @@ mod record;
 pub(super) mod restore;
 mod serve;
 mod staged;
+pub(super) mod stand_in;
 mod storing;
 mod unfinished;
 
@@ -16,6 +17,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
@@ -28,9 +30,9 @@ use super::event::{Event, Events};
 use super::guard::{Guard, GuardProgram, GuardSide};
 use crate::hooks::Hooks;
 use crate::identity::Fingerprint;
-use crate::store::{ServingLock, Store};
+use crate::store::{ServingLock, Store, Tried as _};
 use crate::ticket::{Secret, Ticket};
-use crate::transport::{self, CloseCode, Identity, Incoming, Server, Trust};
+use crate::transport::{self, BindError, CloseCode, Identity, Incoming, Server, Trust};
 use crate::wire::Layout;
 
 /// Transfers at the same time; more are told to come back.
@@ -112,18 +114,20 @@ impl Receiver {
             orphans::adopt();
         }
         let lock = store.serve()?;
-        let identity = match options.identity {
+        let identity = match options.identity.clone() {
             Some(identity) => identity,
             None => Identity::load_or_create(&store.state_path("identity.pem"))?,
         };
         let fingerprint = identity.fingerprint();
+        let state = options.state.clone();
+        let state = state.unwrap_or_else(|| store.state_path("state"));
         let pinned = !options.peers.is_empty();
         let trust = if pinned {
-            Trust::Pinned(options.peers)
+            Trust::Pinned(options.peers.clone())
         } else {
             Trust::Anyone
         };
-        let server = Server::bind(&options.listen, identity, trust, options.transport)?;
+        let server = bind_server(&options, &state, &identity, trust)?;
         let addresses = server
             .local_addresses()
             .map_err(|source| TransferError::Read {
@@ -138,13 +142,15 @@ impl Receiver {
         let ticket = secret
             .as_ref()
             .map(|secret| Ticket::new(addresses.clone(), fingerprint, secret.clone()));
-        let state = options.state;
-        let state = state.unwrap_or_else(|| store.state_path("state"));
         let waiting = unfinished::tidy(&store, &state)?;
         let guard = match (&options.guard, &options.restore) {
             (Some(guard), Some(_)) => Some(start_guard(guard, &state)?),
             _ => None,
         };
+        if guard.is_some() {
+            let left = stand_in::leave_word(&state, &server, &identity, &options.peers);
+            left.tried("leave word in", &state)?;
+        }
         let shared = Shared {
             store,
             layout: options.layout,
@@ -212,6 +218,7 @@ impl Receiver {
             let guard = guard.unwrap_or_else(PoisonError::into_inner).take();
             let dismissing = spawn_blocking(|| guard.map(Guard::dismiss));
             let _ = dismissing.await;
+            stand_in::forget(&self.shared.state, std::process::id());
         }
     }
 
@@ -237,6 +244,29 @@ impl Receiver {
                 }
                 drop(place);
             });
+        }
+    }
+}
+
+// The guard of a receiver that has died may be in this one's place.
+#[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
+fn bind_server(
+    options: &ReceiveOptions,
+    state: &Path,
+    identity: &Identity,
+    trust: Trust,
+) -> Result<Server, TransferError> {
+    let until = stand_in::take_away(state).then(|| Instant::now() + stand_in::TAKE_OVER);
+    loop {
+        let (identity, transport) = (identity.clone(), options.transport.clone());
+        match Server::bind(&options.listen, identity, trust.clone(), transport) {
+            Err(BindError::Socket { source, .. })
+                if source.kind() == std::io::ErrorKind::AddrInUse
+                    && until.is_some_and(|until| Instant::now() < until) =>
+            {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            other => return Ok(other?),
         }
     }
 }

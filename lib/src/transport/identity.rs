@@ -4,6 +4,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ED25519};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -19,8 +20,9 @@ const MAX_KEY_FILE: u64 = 64 << 10;
 ///
 /// The file holds the private key alone (PEM, PKCS#8): the certificate is made anew each time it is
 /// read, and the [`Fingerprint`], which is the key's, stays.
+#[derive(Clone)]
 pub struct Identity {
-    key: KeyPair,
+    key: Arc<KeyPair>,
     certificate: CertificateDer<'static>,
     fingerprint: Fingerprint,
 }
@@ -165,7 +167,7 @@ impl Identity {
         let fingerprint =
             tls::fingerprint_of(&certificate).ok_or(rcgen::Error::CouldNotParseCertificate)?;
         Ok(Self {
-            key,
+            key: Arc::new(key),
             certificate,
             fingerprint,
         })
@@ -289,7 +291,7 @@ mod tests {
     fn a_new_certificate_does_not_change_the_fingerprint() {
         let one = Identity::generate().unwrap();
         let other = CertificateParams::new(vec!["other.example".to_owned()]).unwrap();
-        let other = other.self_signed(&one.key).unwrap();
+        let other = other.self_signed(&*one.key).unwrap();
         assert_ne!(&one.certificate(), other.der());
         assert_eq!(tls::fingerprint_of(other.der()), Some(one.fingerprint()));
         assert_ne!(

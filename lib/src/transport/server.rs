@@ -139,6 +139,12 @@ impl Server {
         Ok(all)
     }
 
+    /// The addresses that its sockets are bound to, with the ports that were free.
+    pub fn bound(&self) -> io::Result<Vec<SocketAddr>> {
+        let bound = self.endpoints.iter().map(quinn::Endpoint::local_addr);
+        bound.collect()
+    }
+
     /// The server's own key.
     pub fn fingerprint(&self) -> Fingerprint {
         self.shared.identity.fingerprint()

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -108,6 +109,16 @@ impl Memcached {
         let expected = format!("VALUE key 0 {}\r\n{value}\r\nEND\r\n", value.len());
         let stream = TcpStream::connect(("127.0.0.1", self.port));
         stream.is_ok_and(|stream| Client(stream, 0).exchange("get key\r\n", &expected, limit))
+    }
+
+    /// The signal by which it has ended.
+    pub(super) fn ended_by(&mut self) -> Option<i32> {
+        let mut status = None;
+        within(Duration::from_secs(1), || {
+            status = self.child.try_wait().expect("our child");
+            status.is_some()
+        });
+        status.and_then(|status| status.signal())
     }
 
     /// Waits for the end of the original.

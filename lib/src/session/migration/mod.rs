@@ -26,9 +26,13 @@
 //!
 //! | what has happened | owner | a side that loses the other |
 //! |---|---|---|
-//! | nothing, up to `Built` | source | the source resumes, the destination removes its copy |
-//! | `Commit` is sent, `Running` has not come | in doubt for the source | the source holds its frozen tree; a destination without `Commit` removes its copy |
+//! | nothing, before `Built` | source | the source resumes, the destination removes its copy |
+//! | `Built` is sent, `Commit` is not | source; in doubt for the destination | the source resumes and tells the destination on another connection; the destination holds its copy |
+//! | `Commit` is sent, `Running` has not come | in doubt for the source | the source holds its frozen tree and asks on other connections; a destination without `Commit` holds its copy |
 //! | `Running` | destination | the source ends its tree |
+//!
+//! What is recorded at which of these steps, and how two sides that have lost each other meet again,
+//! is in [`handover`](crate::handover).
 
 mod clock;
 mod destination;

@@ -74,6 +74,7 @@ pub fn finish_destination(
         }
         DestinationDuty::Remove => remove(journal, &history, reason_of(verdict, &history)),
         DestinationDuty::Resume => resume(journal, &history),
+        DestinationDuty::GiveBack => give_back(journal, &history),
         DestinationDuty::Tell(Answer::Runs { .. }) => {
             // It may have been recorded by one who died before he could tidy up.
             remove_place(&about.place).map_err(|what| left(journal, what))?;
@@ -140,6 +141,20 @@ fn remove(
     notes.extend(run.err().map(|error| error.to_string()));
     journal.advance(DestinationState::Removed, "")?;
     Ok(DestinationOutcome::Removed { notes })
+}
+
+// The operator wants the source's tree: not where the copy has run meanwhile.
+fn give_back(
+    journal: &Journal<DestinationState>,
+    history: &History<DestinationState>,
+) -> Result<DestinationOutcome, FinishError> {
+    match look(&history.about) {
+        copy::Found::Runs { .. } => resume(journal, history),
+        copy::Found::Leftovers(_) | copy::Found::Nothing => {
+            let reason = "an operator decided that the source keeps it; the copy never ran";
+            remove(journal, history, reason)
+        }
+    }
 }
 
 fn resume(
@@ -306,7 +321,14 @@ fn look(about: &DestinationAbout) -> copy::Found {
 }
 
 fn wanted(about: &DestinationAbout) -> copy::Wanted {
-    let tree = facts_of(about).tree;
+    let mut tree = facts_of(about).tree;
+    // The root first: that is the one to name.
+    if let Some(at) = about
+        .pid
+        .and_then(|root| tree.tasks.iter().position(|&id| id == root))
+    {
+        tree.tasks[..=at].rotate_right(1);
+    }
     copy::Wanted {
         tasks: tree.tasks,
         own_pid_namespace: tree.own_pid_namespace,

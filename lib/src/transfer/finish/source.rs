@@ -203,6 +203,12 @@ impl<'a> Finish<'a> {
                 return Ok(Some(SourceOutcome::Kept { told: false, notes }));
             };
             let state = SourceState::Kept;
+            let decided = self.journal.read()?.keep();
+            // Also the way out where two run: the operator may want the copy.
+            if let Some(next) = state.answered(answer, decided) {
+                self.journal.advance(next, "")?;
+                return Ok(None);
+            }
             if state.is_contradicted(answer) {
                 let mut notes = std::mem::take(&mut self.notes);
                 notes.push(
@@ -211,10 +217,6 @@ impl<'a> Finish<'a> {
                         .to_owned(),
                 );
                 return Ok(Some(SourceOutcome::Kept { told: false, notes }));
-            }
-            if let Some(next) = state.answered(answer, None) {
-                self.journal.advance(next, "")?;
-                return Ok(None);
             }
             answer_in_words(answer).clone_into(&mut self.reason);
             pause = RETRY;

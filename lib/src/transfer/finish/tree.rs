@@ -110,6 +110,10 @@ pub(in crate::transfer) fn release(
 ) -> Result<Vec<String>, String> {
     let mut notes = Vec::new();
     if was_frozen {
+        // Parts of a killed CRIU that are stopped would stay for ever.
+        let parts = about.criu.filter(|_| about.tree.boot == boot_id());
+        let parts = parts.map_or_else(Vec::new, tree::copy::helpers_of);
+        tree::copy::remove(&parts);
         let healed = tree::heal::heal(&about.tree, about.run_id.as_deref(), &about.foreign_tables);
         if healed.sockets > 0 {
             let sockets = healed.sockets;

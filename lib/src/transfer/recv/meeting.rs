@@ -4,11 +4,13 @@
 //! has a live driver that one does what the source says; else its journal is finished here.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::Shared;
 use crate::handover::{DestinationState, Journal};
@@ -91,13 +93,21 @@ pub(super) async fn serve(
     id: MigrationId,
     verdict: Verdict,
 ) -> Result<(), TransferError> {
-    let answering = answer(shared.clone(), connection.peer(), id, verdict);
-    tokio::pin!(answering);
+    let answering = tokio::spawn(answer(shared.clone(), connection.peer(), id, verdict));
+    tell(connection, control, answering).await
+}
+
+/// Sends the answer when it is there; says that it is worked on until then.
+pub(super) async fn tell(
+    connection: &Connection,
+    control: &mut ControlSender,
+    mut answering: JoinHandle<Answer>,
+) -> Result<(), TransferError> {
     let mut working = tokio::time::interval(WORKING);
     working.tick().await;
     let answer = loop {
         tokio::select! {
-            answer = &mut answering => break answer,
+            answer = &mut answering => break answer.unwrap_or(Answer::Busy),
             _ = working.tick() => control.write_message(&Message::Working.encode()).await?,
         }
     };
@@ -127,16 +137,26 @@ async fn answer(
             answered.await.unwrap_or(Answer::Busy)
         }
         None => {
-            // Not given up where the source leaves meanwhile: what was begun is finished.
-            let finishing = spawn_blocking(move || finish(&shared, peer, id, verdict));
+            let finishing = spawn_blocking(move || {
+                finish(&shared.state, peer, id, verdict, |name, pid, address| {
+                    shared.events.emit(Event::Restored { name, pid, address });
+                })
+            });
             finishing.await.unwrap_or(Answer::Busy)
         }
     }
 }
 
-// A migration whose driver is gone.
-fn finish(shared: &Shared, peer: Fingerprint, id: MigrationId, verdict: Verdict) -> Answer {
-    match try_finish(shared, peer, id, verdict) {
+/// Finishes a migration whose driver is gone; `brought` hears of a copy that this has brought to life:
+/// its name, its root process, and where it came from. Blocks.
+pub(super) fn finish(
+    state: &Path,
+    peer: Fingerprint,
+    id: MigrationId,
+    verdict: Verdict,
+    brought: impl FnOnce(String, u32, SocketAddr),
+) -> Answer {
+    match try_finish(state, peer, id, verdict, brought) {
         Ok(answer) => answer,
         Err(error) => {
             tracing::warn!("migration {id}: {error}");
@@ -146,12 +166,13 @@ fn finish(shared: &Shared, peer: Fingerprint, id: MigrationId, verdict: Verdict)
 }
 
 fn try_finish(
-    shared: &Shared,
+    state: &Path,
     peer: Fingerprint,
     id: MigrationId,
     verdict: Verdict,
+    brought: impl FnOnce(String, u32, SocketAddr),
 ) -> Result<Answer, FinishError> {
-    let Some(journal) = Journal::<DestinationState>::open(&shared.state, id)? else {
+    let Some(journal) = Journal::<DestinationState>::open(state, id)? else {
         return Ok(Answer::Unknown);
     };
     let before = journal.read()?;
@@ -166,11 +187,7 @@ fn try_finish(
         DestinationOutcome::Held { .. } => Answer::Holds,
         DestinationOutcome::Running { pid, .. } => {
             if !before.state().is_ours() {
-                shared.events.emit(Event::Restored {
-                    name: before.about.name,
-                    pid,
-                    address: before.about.address,
-                });
+                brought(before.about.name, pid, before.about.address);
             }
             Answer::Runs { pid }
         }

@@ -75,6 +75,8 @@ pub(in crate::transfer) fn options(
         external: asked.external.clone(),
         manage_cgroups: CgroupMode::named(&asked.manage_cgroups),
         config_file: config_file.map(Path::to_owned),
+        // From here on CRIU writes down that it let the copy go: whoever finds it later must know.
+        log_level: 3,
         ..CriuOptions::default()
     }
 }

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use tempfile::TempDir;
@@ -20,8 +21,13 @@ fn now() -> Instant {
     Instant::now()
 }
 
+/// Their pids and those of their threads are free between dump and restore: one test at a time, so that
+/// they do not take each other's.
+static ONE: Mutex<()> = Mutex::new(());
+
 /// A memcached that was dumped, with a value in it.
 struct Dumped {
+    _one: MutexGuard<'static, ()>,
     program: PathBuf,
     network: Network,
     directory: TempDir,
@@ -39,6 +45,7 @@ struct Attempt {
 
 impl Dumped {
     fn new() -> Option<Self> {
+        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let (program, network) = (criu()?, Network::new()?);
         let directory = tempfile::tempdir().expect("a scratch directory");
         let (memcached, tasks) = network.inside(|| {
@@ -61,6 +68,7 @@ impl Dumped {
             (memcached, tasks)
         });
         Some(Self {
+            _one: one,
             program,
             network,
             directory,
@@ -112,7 +120,7 @@ impl Dumped {
 
     /// Whether it answers with the value that it was dumped with.
     fn serves(&self) -> bool {
-        let limit = Duration::from_millis(1000);
+        let limit = Duration::from_millis(400);
         self.network
             .inside(|| self.memcached.finds_value_of(1, limit))
     }
@@ -141,6 +149,16 @@ impl Dumped {
                 assert_eq!(find(&attempt.wanted), Found::Nothing, "{when}");
             }
             Found::Nothing => assert!(!serves, "{when}: it runs"),
+        }
+        // What CRIU has killed itself, or has died.
+        let pid = i32::try_from(self.memcached.pid())
+            .ok()
+            .and_then(Pid::from_raw);
+        if let Ok(Some((_, status))) = waitpid(pid, WaitOptions::NOHANG) {
+            println!(
+                "{when}: {found:?}, ended by signal {:?}",
+                status.terminating_signal()
+            );
         }
         let free = self.tasks.iter().all(|&task| Stat::of(task).is_none());
         assert!(free, "{when}: pids are taken after {found:?}");
@@ -258,11 +276,15 @@ fn whenever_criu_is_killed_the_copy_runs_or_is_removed() {
 
 /// A `sleep` with this pid.
 fn sleeper_with(pid: u32) -> Option<Child> {
+    const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
     for _ in 0..500 {
-        std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;
+        let last = fs::read_to_string(LAST_PID).ok()?;
+        fs::write(LAST_PID, (pid - 1).to_string()).ok()?;
         let mut command = Command::new("sleep");
         let null = command.arg("1000").stdin(Stdio::null());
         let mut child = null.spawn().expect("sleep starts");
+        // Others on this host are not to get pids around it.
+        let _ = fs::write(LAST_PID, last.trim());
         if child.id() == pid {
             return Some(child);
         }

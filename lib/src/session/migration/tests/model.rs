@@ -1,30 +1,38 @@
-//! Both hosts of a hand-over with their drivers' rules, and the link between them, in virtual time.
+//! Both hosts of a hand-over and all that runs there, with the link between them, in virtual time.
 //!
-//! What is modelled, as the drivers do it: the order of the steps; what each side does on an error, a
-//! timeout, the operator's word and the end of the connection; that a side which ends closes the
-//! connection, whereby what it sent last may be lost; control messages in order, records of the bulk
-//! stream in order, neither in order with the other; a link that ends in both directions at different
-//! moments, of which the sides learn at different moments or never; a side that is killed; a side that
-//! stands still without ending.
+//! The real parts: the machines of both sides and the tables of [`handover`](crate::handover). The
+//! model stands for what is around them:
 //!
-//! What is simplified: work takes any time but does not fail half way; letting the tree run, killing
-//! it, and removing a copy take no time; the operator does not decide a doubt. A source that is killed
-//! leaves CRIU behind, which lets the tree run whatever has been said: [`Ending::BothAfterCrash`]. A
-//! CRIU that fails after its copy was let go is not modelled.
+//! - `source`, `destination`: the drivers, as long as their connection lasts;
+//! - `alone`: whoever takes care of a journal afterwards: the driver in doubt or holding, the guard, a
+//!   `recover`, a receiver that is met. One step at a time, between which anything may die;
+//! - `link`: control messages in order, records of the bulk stream in order, neither in order with the
+//!   other; a connection that ends in both directions at different moments, of which the sides learn
+//!   at different moments or never; meetings on connections of their own, each message of which may be
+//!   late, lost or come twice;
+//! - `faults`: what goes wrong; `rules`: what must hold after every step, and how it must end.
+//!
+//! What is simplified: a step is all or nothing, as one write, one kill, one removal is; whether a copy
+//! has run can be seen; a rebuilt copy is as good as the first.
+
+mod alone;
+mod destination;
+mod faults;
+mod link;
+mod rules;
+mod source;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use super::super::{
-    MigrationDestination, MigrationDestinationCommand as AtDestination, MigrationSource,
-    MigrationSourceCommand as AtSource, Owner,
-};
+use super::super::{MigrationDestination, MigrationSource, MigrationSourceCommand as AtSource};
 use super::{config, offer, offered, welcome};
+use crate::handover::{Answer, DestinationState, Keep, OnPartition, SourceState, Verdict};
 use crate::testing::Rng;
-use crate::wire::{Failure, FailureCode, MIGRATION_VERSION, Message, Step};
+use crate::wire::{MIGRATION_VERSION, Message};
 
-/// Every history is over by then, or it is stuck.
-const LONGEST: Duration = Duration::from_secs(900);
+/// Every history stands still by then, or something is stuck.
+const LONGEST: Duration = Duration::from_secs(2400);
 
 /// As the source's driver waits for it.
 const ABORT_TIME: Duration = Duration::from_secs(10);
@@ -39,6 +47,8 @@ pub(super) enum Side {
     Destination,
 }
 
+pub(super) const BOTH: [Side; 2] = [Side::Source, Side::Destination];
+
 impl Side {
     fn other(self) -> Self {
         match self {
@@ -48,19 +58,57 @@ impl Side {
     }
 }
 
-/// What goes wrong.
-#[derive(Clone, Copy, Debug)]
+/// What goes wrong, or is done by people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// Nothing reaches this side any more; it learns so after a while, or not before it is told.
+    /// Nothing of the session reaches this side any more; it learns so after a while, or never.
     Deaf(Side, Option<Duration>),
-    /// The process is killed.
+    /// Nothing crosses in either direction, for a while or for good.
+    Cut(Option<Duration>),
+    /// `crxfer migrate` or `recv` is killed.
     Crash(Side),
+    /// CRIU is killed. At the destination: whether a process stays behind (where the copy was being
+    /// let go: whether it runs).
+    Criu(Side, bool),
+    /// The guard is killed.
+    Guard(Side),
+    /// Both of a host's programs, and CRIU.
+    All(Side),
+    /// The host goes down; whether its journals (and images) outlast that.
+    Reboot(Side, bool),
     /// Something on this side fails.
     Fail(Side),
     /// This side stands still, its connection stays.
     Hang(Side),
     /// The operator at the source says stop.
     Stop,
+    /// Somebody runs `recover` on this side.
+    Recover(Side),
+    /// A receiver is started where none runs.
+    Serve,
+    /// From now on CRIU cannot make a tree of the images.
+    NoRestore,
+    /// An operator decides on this side.
+    Decide(Side, Keep),
+}
+
+/// A rule that is broken on purpose: the simulator must find it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mutation {
+    /// The destination removes a complete copy when it loses the source.
+    RemovesOnLoss,
+    /// The source commits without a fence.
+    NoFence,
+    /// The source does not look whether CRIU lived until the fence was closed.
+    DoesNotLook,
+    /// Whoever finds a committed journal lets the tree run.
+    ThawsCommitted,
+    /// Commit is sent before it is recorded.
+    SendsFirst,
+    /// The destination takes a commit although its operator decided for the source.
+    CommitBeatsOperator,
+    /// The copy is let go before that is recorded.
+    LetsGoFirst,
 }
 
 /// What the two sides do, and how long that takes.
@@ -71,38 +119,80 @@ pub(super) struct Conditions {
     pub(super) freeze_limit: Duration,
     /// At most this long each message and each work takes.
     pub(super) most_delay: Duration,
-    /// Each with the number of messages and records that were sent before it.
+    /// Each with the number of moments before it.
     pub(super) faults: Vec<(usize, Fault)>,
     /// The destination says no.
     pub(super) refused: bool,
+    /// One message of a meeting out of so many is lost, and comes twice; 0: none.
+    pub(super) unreliable: u64,
+    pub(super) policy: OnPartition,
+    pub(super) mutation: Option<Mutation>,
 }
 
-/// Where the workload is in the end.
+/// What runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Ending {
-    AtSource,
-    AtDestination,
-    /// The source holds its frozen tree, and the copy runs.
-    InDoubtItRuns,
-    /// The source holds its frozen tree, and there is no copy.
-    InDoubtItDoesNot,
-    /// The source was killed after its commit: CRIU let the tree run, and the copy runs.
-    BothAfterCrash,
+pub(super) enum Runs {
+    Tree,
+    Copy,
+    Neither,
+    Both,
+}
+
+/// How a history went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Outcome {
+    /// When all stood still by itself.
+    pub(super) quiet: Runs,
+    /// After that, with `recover` and where nothing else helped an operator.
+    pub(super) end: Runs,
+    /// An operator had to decide.
+    pub(super) asked: bool,
+    /// A host went down with the only workload that there was.
+    pub(super) excused: bool,
+    /// How many moments at which a fault may come.
+    pub(super) moments: usize,
+}
+
+/// The journal of one side.
+#[derive(Clone, Copy, Debug)]
+struct Book<S> {
+    state: S,
+    decided: Option<Keep>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tree {
-    Running,
-    Frozen(Instant),
-    Killed,
+struct Tree {
+    there: bool,
+    // By CRIU, since when.
+    held: Option<Instant>,
+    fenced: bool,
+    // No socket in repair mode, no lock of CRIU's.
+    whole: bool,
+    dumped: bool,
+    // After it was dumped: then the images are not what it is.
+    ran_since: bool,
+}
+
+impl Tree {
+    fn runs(&self) -> bool {
+        self.there && self.held.is_none() && !self.fenced
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Copy {
     None,
+    Leftover,
     Held,
+    LettingGo,
     Running,
-    Removed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Images {
+    None,
+    Partial,
+    Complete,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,23 +201,29 @@ enum Doing {
     Scanning,
     AwaitStored,
     AwaitReady,
+    Freezing,
     Dumping,
     Sending,
     AwaitBuilt,
+    AwaitFence,
     Hook,
+    Committing,
     AwaitRunning,
+    Ending,
+    Closing,
+    Keeping,
+    Telling,
     AwaitAborted(Instant),
-    Holding,
     Over,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DestinationJob {
+enum Job {
     Check,
     Prepare,
     Sync,
     Restore,
-    Release,
+    Vote,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -136,46 +232,99 @@ enum Record {
     End(u32, bool),
 }
 
+/// Who has a journal's lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Holder {
+    // `crxfer migrate`, or the session of `recv`.
+    Live,
+    // A `recv` that found the journal, or is met.
+    Met,
+    Guard,
+    Recover,
+}
+
+/// Who takes care of a journal step by step.
+#[derive(Clone, Copy, Debug)]
+struct Worker {
+    holder: Holder,
+    // Of the source that is there, at the destination.
+    verdict: Verdict,
+    answers: bool,
+    // A source that has asked: until when it waits.
+    asked: Option<Instant>,
+    tries: u32,
+    // Questions since the last answer.
+    unreached: u32,
+    // Nothing is to be done before something happens.
+    idle: bool,
+}
+
 #[derive(Debug)]
 enum Happening {
     Message(Side, Message),
     Record(Record),
     SourceWork(Doing),
-    DestinationWork(DestinationJob),
-    // The side learns that the connection has ended.
-    Ended(Side),
+    Fence,
+    DestinationWork(Job),
+    // The side learns that the connection has ended; whether all was done.
+    Ended(Side, bool),
+    // A driver learns that its CRIU has died.
+    CriuDied(Side),
+    // CRIU learns that its caller has died.
+    CriuLeft(Side),
+    LetGo,
+    Guard(Side),
+    // Whoever works on the journal takes the next step.
+    Act(Side),
+    Meet(Verdict),
+    Met(Answer),
+    Heal,
     AskClock,
 }
 
 /// Both hosts and the link.
+#[expect(clippy::struct_excessive_bools, reason = "facts that are true or not")]
 pub(super) struct Model {
     conditions: Conditions,
     rng: Rng,
     begun: Instant,
     now: Instant,
     happenings: BTreeMap<(Instant, usize), Happening>,
-    sent: usize,
+    moments: usize,
     number: usize,
-    // By side that hears: nothing arrives any more; when the last arrived.
+    cut: bool,
+    // By side that hears: nothing of the session arrives any more; when the last arrived.
     deaf: [bool; 2],
     last_control: [Instant; 2],
     last_record: Instant,
     hanging: [bool; 2],
     crashed: [bool; 2],
+    guards: [bool; 2],
+    leases: [Option<Holder>; 2],
+    workers: [Option<Worker>; 2],
     source: MigrationSource,
+    source_book: Option<Book<SourceState>>,
     doing: Doing,
     events: VecDeque<AtSource>,
     tree: Tree,
+    source_criu: bool,
     iterated: u32,
-    committed: bool,
-    aborted: bool,
     destination: MigrationDestination,
-    destination_over: bool,
+    destination_book: Option<Book<DestinationState>>,
+    session_over: bool,
     copy: Copy,
-    synced: bool,
+    has_run: bool,
+    images: Images,
     prepared: bool,
-    commit_arrived: bool,
-    log: Vec<String>,
+    restores: bool,
+    // What the rules look at.
+    commit_heard: bool,
+    operator: bool,
+    may_keep_source: bool,
+    contradicts: bool,
+    excused: bool,
+    broken: Option<String>,
+    log: Option<Vec<String>>,
 }
 
 impl Model {
@@ -194,49 +343,126 @@ impl Model {
             begun: now,
             now,
             happenings: BTreeMap::new(),
-            sent: 0,
+            moments: 0,
             number: 0,
+            cut: false,
             deaf: [false; 2],
             last_control: [now; 2],
             last_record: now,
             hanging: [false; 2],
             crashed: [false; 2],
+            guards: [true; 2],
+            leases: [Some(Holder::Live), None],
+            workers: [None; 2],
             source,
+            source_book: Some(Book {
+                state: SourceState::Begun,
+                decided: None,
+            }),
             doing: Doing::Offering,
             events: VecDeque::new(),
-            tree: Tree::Running,
+            tree: Tree {
+                there: true,
+                held: None,
+                fenced: false,
+                whole: true,
+                dumped: false,
+                ran_since: false,
+            },
+            source_criu: false,
             iterated: 0,
-            committed: false,
-            aborted: false,
             destination: MigrationDestination::new(now),
-            destination_over: false,
+            destination_book: None,
+            session_over: false,
             copy: Copy::None,
-            synced: false,
+            has_run: false,
+            images: Images::None,
             prepared: false,
-            commit_arrived: false,
-            log: Vec::new(),
+            restores: true,
+            commit_heard: false,
+            operator: false,
+            may_keep_source: false,
+            contradicts: false,
+            excused: false,
+            broken: None,
+            log: None,
             conditions,
         };
-        model.work(Happening::DestinationWork(DestinationJob::Check));
+        model.work(Happening::DestinationWork(Job::Check));
         model.work(Happening::AskClock);
         model
     }
 
-    /// Lets everything happen; gives where the workload is, and how many messages and records there
-    /// were.
-    ///
-    /// # Panics
-    /// If a rule is broken, with what happened before.
-    pub(super) fn run(mut self) -> (Ending, usize) {
+    /// Lets everything happen, then ends it with `recover`. The error says which rule was broken, and
+    /// by which history.
+    pub(super) fn run(conditions: &Conditions) -> Result<Outcome, String> {
+        Self::new(conditions.clone()).whole().or_else(|_| {
+            // Once more, with a log.
+            let mut model = Self::new(conditions.clone());
+            model.log = Some(Vec::new());
+            let broken = model.whole();
+            broken.map_err(|broken| format!("{broken}of {conditions:?}"))
+        })
+    }
+
+    /// As `run`, up to where all stands still; the caller goes on.
+    pub(super) fn until_quiet(conditions: &Conditions) -> Result<Self, String> {
+        let mut model = Self::new(conditions.clone());
+        model.log = Some(Vec::new());
+        model.settle()?;
+        Ok(model)
+    }
+
+    /// What happens in it.
+    pub(super) fn history(conditions: &Conditions) -> String {
+        let mut model = Self::new(conditions.clone());
+        model.log = Some(Vec::new());
+        let ended = model.settle().and_then(|()| model.finish());
+        format!("{ended:?}, {model}")
+    }
+
+    fn whole(mut self) -> Result<Outcome, String> {
+        self.settle()?;
+        let (quiet, moments) = (self.runs(), self.moments);
+        let asked = self.finish()?;
+        Ok(Outcome {
+            quiet,
+            end: self.runs(),
+            asked,
+            excused: self.excused,
+            moments,
+        })
+    }
+
+    /// Until nothing happens any more.
+    pub(super) fn settle(&mut self) -> Result<(), String> {
         let mut steps = 0;
         self.faults();
-        while self.step() {
+        while self.broken.is_none() && self.step() {
             self.check();
             steps += 1;
-            let is_stuck = steps > 10_000 || self.now > self.begun + LONGEST;
-            assert!(!is_stuck, "no end: {self}");
+            if steps > 20_000 || self.now > self.begun + LONGEST {
+                self.breaks("it does not end");
+            }
         }
-        (self.ending(), self.sent)
+        match self.broken.take() {
+            Some(rule) => Err(format!("{rule}: {self}")),
+            None => Ok(()),
+        }
+    }
+
+    fn breaks(&mut self, rule: &str) {
+        self.broken.get_or_insert_with(|| rule.to_owned());
+    }
+
+    fn log(&mut self, line: impl FnOnce() -> String) {
+        if let Some(log) = &mut self.log {
+            log.push(format!("{:?} {}", self.now - self.begun, line()));
+        }
+    }
+
+    fn mutated(&self, mutation: Mutation) -> bool {
+        self.conditions.mutation == Some(mutation)
     }
 
     // The next thing that happens; false when nothing will any more.
@@ -254,8 +480,10 @@ impl Model {
             _ => {
                 let ((at, _), happening) = self.happenings.pop_first().expect("looked at");
                 self.now = at;
-                self.log
-                    .push(format!("{:?} {happening:?}", at - self.begun));
+                self.log(|| format!("{happening:?}"));
+                if !matches!(happening, Happening::AskClock) {
+                    self.moments += 1;
+                }
                 self.happen(happening);
             }
         }
@@ -272,7 +500,9 @@ impl Model {
     }
 
     fn next_timer(&self) -> Option<(Instant, Side)> {
-        let source = (self.is_awake(Side::Source)).then(|| {
+        // Who lets the tree run looks at no clock.
+        let keeps = matches!(self.doing, Doing::Keeping | Doing::Telling);
+        let source = (self.in_session(Side::Source) && !keeps).then(|| {
             let at = self.source.poll_timeout();
             let at = match self.doing {
                 Doing::AwaitAborted(until) => at.min(until),
@@ -281,17 +511,23 @@ impl Model {
             (at, Side::Source)
         });
         let destination = self
-            .is_awake(Side::Destination)
+            .in_session(Side::Destination)
             .then(|| (self.destination.poll_timeout(), Side::Destination));
         [source, destination].into_iter().flatten().min()
     }
 
-    fn is_awake(&self, side: Side) -> bool {
+    // Its process is there and goes on.
+    fn lives(&self, side: Side) -> bool {
+        !self.hanging[side as usize] && !self.crashed[side as usize]
+    }
+
+    // … and has its connection.
+    fn in_session(&self, side: Side) -> bool {
         let is_over = match side {
-            Side::Source => matches!(self.doing, Doing::Over | Doing::Holding),
-            Side::Destination => self.destination_over,
+            Side::Source => self.doing == Doing::Over,
+            Side::Destination => self.session_over,
         };
-        !is_over && !self.hanging[side as usize] && !self.crashed[side as usize]
+        !is_over && self.lives(side)
     }
 
     fn timeout(&mut self, side: Side) {
@@ -313,446 +549,91 @@ impl Model {
     }
 
     fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Guard(side) => self.guard_acts(side),
+            Happening::Act(side) => self.act(side),
+            Happening::CriuLeft(side) => self.criu_left(side),
+            Happening::Meet(verdict) => self.met(verdict),
+            Happening::Met(answer) => self.answered(answer),
+            Happening::LetGo => self.let_go(),
+            Happening::Heal => {
+                self.cut = false;
+                self.wakes(Side::Source);
+            }
+            Happening::CriuDied(side) if self.lives(side) => self.criu_died(side),
+            Happening::SourceWork(done) if self.lives(Side::Source) && done == self.doing => {
+                self.worked();
+            }
+            Happening::Fence if self.lives(Side::Source) => self.close_fence(),
+            other => self.happen_in_session(other),
+        }
+    }
+
+    fn happen_in_session(&mut self, happening: Happening) {
         let side = match &happening {
-            Happening::Message(side, _) | Happening::Ended(side) => *side,
+            Happening::Message(side, _) | Happening::Ended(side, _) => *side,
             Happening::Record(_) | Happening::DestinationWork(_) => Side::Destination,
-            Happening::SourceWork(_) | Happening::AskClock => Side::Source,
+            Happening::AskClock => Side::Source,
+            _ => return,
         };
-        if !self.is_awake(side) {
+        if !self.in_session(side) {
             return;
         }
         match happening {
-            Happening::Message(Side::Source, message) => {
-                if self.source.handle_message(self.now, message).is_err() {
-                    self.give_up();
-                }
-            }
+            Happening::Message(Side::Source, message) => self.at_source(message),
             Happening::Message(Side::Destination, message) => self.at_destination(message),
             Happening::Record(record) => self.record(record),
-            Happening::SourceWork(done) if done == self.doing => self.worked(),
-            Happening::SourceWork(_) => {}
             Happening::DestinationWork(job) => self.destination_worked(job),
-            Happening::Ended(Side::Source) => self.give_up(),
-            Happening::Ended(Side::Destination) if self.destination.is_over() => {
-                self.destination_over = true;
-            }
-            Happening::Ended(Side::Destination) => self.destination_fails(false),
+            Happening::Ended(Side::Source, _) => self.give_up(),
+            Happening::Ended(Side::Destination, well) => self.destination_ended(well),
             Happening::AskClock => {
                 self.source.ask_clock(self.now, 1);
                 self.work(Happening::AskClock);
             }
+            _ => {}
         }
     }
-
-    // ---- the source's driver
 
     fn pump(&mut self) {
         loop {
-            let sent = self.sent;
-            if self.is_awake(Side::Source) {
+            let number = self.number;
+            if self.in_session(Side::Source) {
                 self.pump_source();
             }
-            if self.is_awake(Side::Destination) {
+            if self.in_session(Side::Destination) {
                 self.pump_destination();
             }
-            if self.sent == sent {
+            if self.number == number {
                 return;
             }
         }
     }
 
-    fn pump_source(&mut self) {
-        loop {
-            while let Some(command) = self.source.poll_command() {
-                match command {
-                    AtSource::Send(message) => self.send(Side::Destination, message),
-                    AtSource::Clock { .. } => {}
-                    other => self.events.push_back(other),
-                }
-            }
-            let doing = self.doing;
-            let wanted = |event: &AtSource| {
-                matches!(
-                    (doing, event),
-                    (Doing::Offering, AtSource::Offered(_))
-                        | (Doing::AwaitStored, AtSource::Stored { .. })
-                        | (Doing::AwaitReady, AtSource::Freeze)
-                        | (Doing::AwaitBuilt, AtSource::Built)
-                        | (Doing::AwaitRunning, AtSource::Running { .. })
-                        | (Doing::AwaitAborted(_), AtSource::Aborted)
-                )
-            };
-            let Some(at) = self.events.iter().position(wanted) else {
-                return;
-            };
-            let event = self.events.remove(at).expect("found there");
-            self.on_event(event);
+    // ---- journals
+
+    fn source_state(&self) -> Option<SourceState> {
+        self.source_book.map(|book| book.state)
+    }
+
+    fn destination_state(&self) -> Option<DestinationState> {
+        self.destination_book.map(|book| book.state)
+    }
+
+    fn source_records(&mut self, next: SourceState) {
+        self.log(|| format!("source records {next:?}"));
+        let found = self.source_state();
+        match &mut self.source_book {
+            Some(book) if book.state.may_become(next) => book.state = next,
+            _ => self.breaks(&format!("{next:?} cannot follow {found:?}")),
         }
     }
 
-    fn on_event(&mut self, event: AtSource) {
-        match event {
-            AtSource::Offered(_) if self.conditions.refused => self.give_up(),
-            AtSource::Offered(_) | AtSource::Stored { .. } => self.iterate_or_freeze(),
-            AtSource::Freeze => {
-                self.source.frozen(self.now);
-                self.tree = Tree::Frozen(self.now);
-                self.put(Record::Begin(self.source.iteration(), true));
-                self.do_now(Doing::Dumping);
-            }
-            AtSource::Built => self.do_now(Doing::Hook),
-            AtSource::Running { .. } => {
-                assert!(matches!(self.tree, Tree::Frozen(_)), "{self}");
-                self.tree = Tree::Killed;
-                self.source_over();
-            }
-            AtSource::Aborted => self.source_over(),
-            AtSource::Send(_) | AtSource::Clock { .. } => unreachable!("not waited for"),
-        }
-    }
-
-    fn iterate_or_freeze(&mut self) {
-        if self.iterated == self.conditions.iterations {
-            self.source.prepare_final(self.now);
-            self.doing = Doing::AwaitReady;
-            return;
-        }
-        self.iterated += 1;
-        let number = self.source.begin_iteration();
-        self.put(Record::Begin(number, false));
-        self.do_now(Doing::Scanning);
-    }
-
-    // What the source did is done.
-    fn worked(&mut self) {
-        let number = self.source.iteration();
-        match self.doing {
-            Doing::Scanning => {
-                self.put(Record::End(number, false));
-                self.source.end_iteration();
-                self.doing = Doing::AwaitStored;
-            }
-            Doing::Dumping => self.do_now(Doing::Sending),
-            Doing::Sending => {
-                self.put(Record::End(number, true));
-                self.source.end_final();
-                self.doing = Doing::AwaitBuilt;
-            }
-            Doing::Hook if self.source.commit(self.now) => self.doing = Doing::AwaitRunning,
-            Doing::Hook => self.give_up(),
-            _ => unreachable!("no work"),
-        }
-    }
-
-    fn do_now(&mut self, doing: Doing) {
-        self.doing = doing;
-        self.work(Happening::SourceWork(doing));
-    }
-
-    // As in the driver's `ending`.
-    fn give_up(&mut self) {
-        if matches!(self.doing, Doing::AwaitAborted(_)) {
-            return self.source_over();
-        }
-        self.log.push("the source gives up".into());
-        if self.source.owner() == Owner::InDoubt {
-            self.doing = Doing::Holding;
-            return;
-        }
-        if matches!(self.tree, Tree::Frozen(_)) {
-            self.tree = Tree::Running;
-        }
-        if self.source.abort(self.now, "it failed") {
-            self.doing = Doing::AwaitAborted(self.now + ABORT_TIME);
-        } else {
-            self.source_over();
-        }
-    }
-
-    fn source_over(&mut self) {
-        self.doing = Doing::Over;
-        self.close(Side::Source);
-    }
-
-    // ---- the destination's driver
-
-    fn pump_destination(&mut self) {
-        while let Some(command) = self.destination.poll_command() {
-            match command {
-                AtDestination::Send(message) => self.send(Side::Source, message),
-                AtDestination::PrepareFinal(_) => {
-                    self.work(Happening::DestinationWork(DestinationJob::Prepare));
-                }
-                AtDestination::Resume => {
-                    assert_eq!(self.copy, Copy::Held, "{self}");
-                    self.copy = Copy::Running;
-                    self.work(Happening::DestinationWork(DestinationJob::Release));
-                }
-                AtDestination::Remove { .. } => {
-                    self.remove();
-                    self.destination.aborted(self.now);
-                }
-                AtDestination::Clock { asked_ns } => {
-                    self.destination.tell_clock(self.now, asked_ns, 2);
-                }
-            }
-            if !self.is_awake(Side::Destination) {
-                return;
-            }
-        }
-    }
-
-    fn at_destination(&mut self, message: Message) {
-        self.commit_arrived |= matches!(message, Message::Migration(Step::Commit));
-        if self.destination.handle_message(self.now, message).is_err() {
-            self.destination_fails(true);
-        }
-    }
-
-    fn record(&mut self, record: Record) {
-        self.destination.heard(self.now);
-        match record {
-            // Its directory is gone.
-            _ if self.copy == Copy::Removed => self.destination_fails(true),
-            Record::Begin(number, is_final) => {
-                if self.destination.iteration_begun(number, is_final).is_err() {
-                    self.destination_fails(true);
-                }
-            }
-            Record::End(number, false) => self.destination.stored(self.now, number, 1, 1),
-            Record::End(_, true) => {
-                self.work(Happening::DestinationWork(DestinationJob::Sync));
-                if self.prepared {
-                    self.work(Happening::DestinationWork(DestinationJob::Restore));
-                }
-            }
-        }
-    }
-
-    fn destination_worked(&mut self, job: DestinationJob) {
-        let now = self.now;
-        match job {
-            DestinationJob::Check => {
-                let refused = self.conditions.refused;
-                self.destination.offered(now, offered(), refused);
-            }
-            DestinationJob::Prepare => {
-                self.prepared = true;
-                self.destination.final_ready(now);
-            }
-            DestinationJob::Sync => {
-                self.synced = true;
-                self.vote();
-            }
-            DestinationJob::Restore if self.copy == Copy::None => {
-                self.copy = Copy::Held;
-                self.vote();
-            }
-            // Cancelled when the copy was removed.
-            DestinationJob::Restore => {}
-            DestinationJob::Release => {
-                self.destination.running(now, 7, 8, Vec::new(), Vec::new());
-            }
-        }
-    }
-
-    fn vote(&mut self) {
-        if self.synced && self.copy == Copy::Held {
-            self.destination.built(self.now);
-        }
-    }
-
-    fn remove(&mut self) {
-        assert_ne!(self.copy, Copy::Running, "{self}");
-        self.copy = Copy::Removed;
-    }
-
-    // As in `Driver::run`: what is half done is removed, then the source is told where it is there.
-    fn destination_fails(&mut self, tell: bool) {
-        self.log.push("the destination fails".into());
-        self.destination_over = true;
-        if self.destination.owner() == Owner::Destination {
-            assert_eq!(self.copy, Copy::Running, "{self}");
-        } else {
-            self.remove();
-            if tell {
-                let failure = Failure::new(FailureCode::Storage, "it failed");
-                self.send(Side::Source, Message::Failure(failure));
-            }
-        }
-        self.close(Side::Destination);
-    }
-
-    // ---- the link
-
-    fn delay(&mut self) -> Duration {
-        let most = u64::try_from(self.conditions.most_delay.as_nanos())
-            .unwrap()
-            .max(1);
-        // Mostly short, now and then as long as allowed.
-        let bits = self.rng.below(24);
-        Duration::from_nanos(self.rng.below(most) >> bits)
-    }
-
-    fn work(&mut self, happening: Happening) {
-        let at = self.now + self.delay() + Duration::from_millis(1);
-        // Questions about the time end with the session.
-        if !matches!(happening, Happening::AskClock) {
-            self.add(at, happening);
-        } else if self.is_awake(Side::Source) {
-            self.add(at + Duration::from_secs(1), happening);
-        }
-    }
-
-    fn add(&mut self, at: Instant, happening: Happening) {
-        self.number += 1;
-        self.happenings.insert((at, self.number), happening);
-    }
-
-    fn send(&mut self, to: Side, message: Message) {
-        if let Message::Migration(step) = &message {
-            let is_commit = *step == Step::Commit;
-            let is_abort = matches!(step, Step::Abort(_));
-            if is_commit {
-                assert!(!self.committed && !self.aborted, "{self}");
-                let in_time = matches!(self.tree, Tree::Frozen(at) if self.now < at + self.conditions.freeze_limit);
-                assert!(in_time, "a commit beyond the freeze limit: {self}");
-            }
-            assert!(!(is_abort && self.committed), "{self}");
-            self.committed |= is_commit;
-            self.aborted |= is_abort;
-        }
-        let delay = self.delay();
-        let at = self.last_control[to as usize].max(self.now + delay);
-        self.last_control[to as usize] = at;
-        if !self.deaf[to as usize] {
-            self.add(at, Happening::Message(to, message));
-        }
-        self.sent += 1;
-    }
-
-    fn put(&mut self, record: Record) {
-        let delay = self.delay();
-        self.last_record = self.last_record.max(self.now + delay);
-        if !self.deaf[Side::Destination as usize] {
-            self.add(self.last_record, Happening::Record(record));
-        }
-        self.sent += 1;
-    }
-
-    // This side closes the connection: what it sent last may be lost with it.
-    fn close(&mut self, side: Side) {
-        let hears = side.other();
-        if self.deaf[hears as usize] {
-            // Its idle timeout tells it.
-            let at = self.now + Duration::from_secs(self.rng.below(60));
-            return self.add(at, Happening::Ended(hears));
-        }
-        let mut at = self.last_control[hears as usize];
-        if self.rng.once_in(3) {
-            self.lose(hears);
-            at = self.now + self.delay();
-        }
-        self.deaf[hears as usize] = true;
-        self.add(at.max(self.now), Happening::Ended(hears));
-    }
-
-    // What is on its way to this side does not arrive.
-    fn lose(&mut self, hears: Side) {
-        self.happenings.retain(|_, happening| match happening {
-            Happening::Message(side, _) => *side != hears,
-            Happening::Record(_) => hears != Side::Destination,
-            _ => true,
-        });
-    }
-
-    // ---- what goes wrong
-
-    fn faults(&mut self) -> bool {
-        let faults = std::mem::take(&mut self.conditions.faults);
-        let (due, later) = faults.into_iter().partition(|(at, _)| *at <= self.sent);
-        self.conditions.faults = later;
-        let due: Vec<(usize, Fault)> = due;
-        let any = !due.is_empty();
-        for (_, fault) in due {
-            self.log
-                .push(format!("{:?} {fault:?}", self.now - self.begun));
-            self.fault(fault);
-        }
-        any
-    }
-
-    fn fault(&mut self, fault: Fault) {
-        match fault {
-            Fault::Deaf(side, learns) => {
-                self.lose(side);
-                self.deaf[side as usize] = true;
-                if let Some(after) = learns {
-                    self.add(self.now + after, Happening::Ended(side));
-                }
-            }
-            Fault::Hang(side) => self.hanging[side as usize] = true,
-            Fault::Stop if !self.committed && self.is_awake(Side::Source) => self.give_up(),
-            Fault::Fail(Side::Source) if self.is_awake(Side::Source) => self.give_up(),
-            Fault::Fail(Side::Destination) if self.is_awake(Side::Destination) => {
-                self.destination_fails(true);
-            }
-            Fault::Crash(side) if !self.crashed[side as usize] => self.crash(side),
-            Fault::Stop | Fault::Fail(_) | Fault::Crash(_) => {}
-        }
-    }
-
-    // CRIU outlives its caller: a tree that is held runs on, a copy that is held is removed.
-    fn crash(&mut self, side: Side) {
-        self.crashed[side as usize] = true;
-        match side {
-            Side::Source if matches!(self.tree, Tree::Frozen(_)) => self.tree = Tree::Running,
-            Side::Destination if self.copy != Copy::Running => self.copy = Copy::Removed,
-            _ => {}
-        }
-        let at = self.now + Duration::from_secs(self.rng.below(30));
-        self.deaf[side.other() as usize] = true;
-        self.add(at, Happening::Ended(side.other()));
-    }
-
-    // ---- the rules
-
-    fn check(&self) {
-        let source_crashed = self.crashed[Side::Source as usize];
-        let (tree, copy) = (self.tree, self.copy);
-        if copy == Copy::Running {
-            assert!(self.commit_arrived && self.committed, "{self}");
-            assert!(tree != Tree::Running || source_crashed, "two run: {self}");
-        }
-        if self.committed && !source_crashed {
-            assert_ne!(tree, Tree::Running, "{self}");
-        }
-        if let Tree::Frozen(at) = tree
-            && !self.committed
-            && !self.hanging[Side::Source as usize]
-        {
-            let limit = at + self.conditions.freeze_limit + BUSY;
-            assert!(self.now <= limit, "frozen beyond the limit: {self}");
-        }
-    }
-
-    fn ending(&self) -> Ending {
-        let ends = |side| {
-            self.crashed[side as usize] || self.hanging[side as usize] || !self.is_awake(side)
-        };
-        assert!(ends(Side::Source) && ends(Side::Destination), "{self}");
-        let hangs = self.hanging[Side::Source as usize];
-        match (self.tree, self.copy) {
-            (Tree::Running, Copy::Running) => Ending::BothAfterCrash,
-            (Tree::Running, _) => Ending::AtSource,
-            (Tree::Killed, Copy::Running) => Ending::AtDestination,
-            (Tree::Frozen(_), Copy::Running) => Ending::InDoubtItRuns,
-            (Tree::Frozen(_), _) => {
-                // A frozen source process does not resume anything either.
-                assert!(self.committed || hangs, "kept frozen for nothing: {self}");
-                Ending::InDoubtItDoesNot
-            }
-            (Tree::Killed, _) => panic!("lost: {self}"),
+    fn destination_records(&mut self, next: DestinationState) {
+        self.log(|| format!("destination records {next:?}"));
+        let found = self.destination_state();
+        match &mut self.destination_book {
+            Some(book) if book.state.may_become(next) => book.state = next,
+            _ => self.breaks(&format!("{next:?} cannot follow {found:?}")),
         }
     }
 }
@@ -760,11 +641,18 @@ impl Model {
 impl std::fmt::Display for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(f, "{:?}", self.conditions)?;
+        writeln!(f, "{:?}, {:?}", self.tree, self.source_book)?;
         writeln!(
             f,
-            "tree {:?}, copy {:?}, {:?}",
-            self.tree, self.copy, self.doing
+            "copy {:?} (has run: {}), images {:?}, {:?}",
+            self.copy, self.has_run, self.images, self.destination_book
         )?;
-        self.log.iter().try_for_each(|line| writeln!(f, "  {line}"))
+        writeln!(
+            f,
+            "source {:?}, leases {:?}, cut {}",
+            self.doing, self.leases, self.cut
+        )?;
+        let log = self.log.iter().flatten();
+        log.into_iter().try_for_each(|line| writeln!(f, "  {line}"))
     }
 }

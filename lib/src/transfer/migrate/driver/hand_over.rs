@@ -179,15 +179,15 @@ impl Driver<'_> {
         self.may_stop = false;
         pause::at_point("before-commit-record").await;
         self.put_criu_to_sleep();
-        if self.session.may_commit(Instant::now()) {
-            self.advance(SourceState::Committed, "")?;
-            pause::at_point("committed").await;
-        }
         if !self.session.commit(Instant::now()) {
-            // The freeze limit has passed, or the session is over: nothing was sent.
+            // The freeze limit has passed, or the session is over.
             self.session.handle_timeout(Instant::now())?;
             return Err(MigrateError::Stopped);
         }
+        // The word waits in the session until the record is there. From then on nobody here may take it
+        // back: an operator who reads it may already have let the copy go.
+        self.advance(SourceState::Committed, "")?;
+        pause::at_point("committed").await;
         self.flush();
         pause::at_point("commit-sent").await;
         let running = self.until(|event| match event {

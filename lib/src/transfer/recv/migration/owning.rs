@@ -13,7 +13,7 @@ use tokio::task::spawn_blocking;
 
 use super::{Driver, FAREWELL, Happening, REMOVE_TIME, is_told};
 use crate::criu;
-use crate::handover::{DestinationDuty, DestinationState, Verdict};
+use crate::handover::{DestinationDuty, DestinationState, Keep, Verdict};
 use crate::hooks::{self, Environment, Hooks, Side};
 use crate::standby;
 use crate::transfer::event::Event;
@@ -86,6 +86,11 @@ impl Driver<'_> {
         }
     }
 
+    // What an operator has said here goes before a commit that was still on its way.
+    fn decided(&self) -> Option<Keep> {
+        self.record.as_ref()?.decided().ok().flatten()
+    }
+
     fn warn(&self, error: String) {
         let address = self.connection.remote_address();
         self.shared.events.emit(Event::Failed { address, error });
@@ -109,7 +114,7 @@ impl Driver<'_> {
             (DestinationState::Complete, Verdict::Ask) => Answer::Holds,
             // The link's end has not been noticed yet; then this will be removed.
             (DestinationState::Receiving, Verdict::Ask | Verdict::Commit) => Answer::Busy,
-            (state, verdict) => match state.duty(verdict, None) {
+            (state, verdict) => match state.duty(verdict, self.decided()) {
                 DestinationDuty::Resume => {
                     self.leave_link();
                     self.asking.push(call.answer);
@@ -122,7 +127,7 @@ impl Driver<'_> {
                         .await;
                     Answer::Removed
                 }
-                DestinationDuty::Hold => Answer::Holds,
+                DestinationDuty::Hold | DestinationDuty::GiveBack => Answer::Holds,
                 DestinationDuty::Tell(answer) => answer,
             },
         };
@@ -154,7 +159,7 @@ impl Driver<'_> {
                 let why = "an operator decided that the source keeps it";
                 self.withdraw(why, happenings).await;
             }
-            DestinationDuty::Hold | DestinationDuty::Tell(_) => {}
+            DestinationDuty::Hold | DestinationDuty::GiveBack | DestinationDuty::Tell(_) => {}
         }
     }
 

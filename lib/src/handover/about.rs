@@ -1,0 +1,70 @@
+//! What a journal says about its migration: all that must be known to end it without its process.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::tree::{Fence, Process, Tree};
+
+/// What must be known of a migration to end it on the source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceAbout {
+    /// Name of the migration.
+    pub name: String,
+    /// The tree's processes: pids as this host sees them, and when they were started.
+    pub tree: Tree,
+    /// Where the destination may be met again, best first.
+    pub addresses: Vec<std::net::SocketAddr>,
+    /// Fingerprint of the destination's key.
+    pub peer: String,
+    /// This host's key for the meeting: a PEM file beside the journal or of the operator's.
+    pub identity: PathBuf,
+    /// Directory of the last images, removed with the migration.
+    pub work: PathBuf,
+    /// Id that CRIU gives its network lock, once that is known.
+    pub run_id: Option<String>,
+    /// Names of nftables tables of CRIU's that were there before: not this migration's.
+    pub foreign_tables: Vec<String>,
+    /// Process of `criu`, and when it was started.
+    pub criu: Option<Process>,
+    /// The fence, once there is one.
+    pub fence: Option<Fence>,
+    /// What to do where the destination cannot be reached.
+    pub on_partition: super::OnPartition,
+    /// How long it holds first, in milliseconds from the commit.
+    #[serde(default)]
+    pub partition_wait_ms: u64,
+    /// Addresses that the workload's sockets are bound to: the network lock goes when they have.
+    pub bound: Vec<std::net::IpAddr>,
+}
+
+/// What must be known of a migration to end it on the destination.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DestinationAbout {
+    /// Name of the migration.
+    pub name: String,
+    /// Fingerprint of the source's key: only it is answered.
+    pub peer: String,
+    /// Where the source was.
+    pub address: std::net::SocketAddr,
+    /// Directory of the migration: iterations, `final`, `work`.
+    pub place: PathBuf,
+    /// The source's facts, as preflight encodes them: pids, sockets, addresses.
+    pub facts: Vec<u8>,
+    /// What CRIU must be told, as the source asked.
+    pub options: crate::wire::RestoreOptions,
+    /// CRIU.
+    pub program: PathBuf,
+    /// A file of CRIU options of this host.
+    pub config_file: Option<PathBuf>,
+    /// Commands at named moments, each as the command line takes it.
+    pub hooks: Vec<String>,
+    /// Milliseconds that each of them may take.
+    pub hook_limit_ms: u64,
+    /// Which boot of this host it was: what runs does not outlive it.
+    pub boot: String,
+    /// Process of `criu`, and when it was started: copies are begun after that.
+    pub criu: Option<Process>,
+    /// Root process of the copy, once it is known.
+    pub pid: Option<u32>,
+}
