@@ -64,6 +64,8 @@ pub(super) struct Ground {
     pub(super) watch: Option<Watch>,
     /// Root process of the workload, the same on both hosts.
     pub(super) pid: u32,
+    /// How many processes it has.
+    pub(super) processes: usize,
     /// Where the workload runs.
     pub(super) at: Side,
     /// Ids of migrations.
@@ -96,6 +98,7 @@ impl Ground {
                 (pid, Box::new(Clients::start(&network, web, PERIOD)?))
             }
         };
+        let processes = network.hosts.a.session_of(pid).len();
         let watch = match program {
             Program::Memcached => Some(Watch::start(&network)?),
             Program::Nginx => None,
@@ -106,6 +109,7 @@ impl Ground {
             clients,
             watch,
             pid,
+            processes,
             at: Side::A,
             seen: Mutex::default(),
             files,

@@ -107,6 +107,7 @@ impl Known {
         let code = rest.map_err(|error| explained(error, ground))?;
         settle::recover(ground, diary).map_err(|error| explained(error, ground))?;
         let copy = verdict::only_copy(ground).map_err(|error| explained(error, ground))?;
+        verdict::whole(ground, copy).map_err(|error| explained(error, ground))?;
         verdict::lead_clients(ground, plan, copy, diary)?;
         verdict::clients(ground, copy, diary.begin())?;
         // Where the address was withdrawn only now, the lock goes now.
@@ -195,6 +196,7 @@ fn undisturbed(ground: &mut Ground, log: &Path) -> Result<Moving> {
     ensure!(code == Some(0), "{}", said());
     let copy = verdict::only_copy(ground)?;
     ensure!(copy == destination, "it is still on {copy:?}");
+    verdict::whole(ground, copy)?;
     verdict::clients(ground, copy, begin)?;
     receiver.stop().context("crxfer recv does not end")?;
     ground.at = copy;

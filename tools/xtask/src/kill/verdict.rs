@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::ground::{Diary, Ground, SOON};
 use super::plan::{Fault, Plan};
+use super::processes::{self, Found};
 use crate::hosts::{Side, neighbour};
 
 /// How long a copy that runs may take to answer on its own host.
@@ -36,6 +37,20 @@ pub(super) fn only_copy(ground: &Ground) -> Result<Side> {
             _ => thread::sleep(Duration::from_millis(20)),
         }
     }
+}
+
+/// Fails unless the copy has its root and as many processes as the workload had, all of them awake.
+pub(super) fn whole(ground: &Ground, copy: Side) -> Result<()> {
+    let own = |process: &Found| process.session == ground.pid && !"ZTt".contains(process.state);
+    let mut found = processes::all(ground.network.host(copy));
+    found.retain(own);
+    ensure!(
+        found.len() == ground.processes && found.iter().any(|process| process.pid == ground.pid),
+        "of {} processes the copy on {copy:?} has {:?}",
+        ground.processes,
+        found.iter().map(Found::line).collect::<Vec<_>>()
+    );
+    Ok(())
 }
 
 /// Moves the service address to the copy as a network's operator does, where crxfer did not have to:
