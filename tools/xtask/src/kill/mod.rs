@@ -55,6 +55,9 @@ pub(crate) struct Options {
     /// Only seeds whose line contains this, such as "memcached, kill source criu" or "commit"
     #[arg(long, default_value = "")]
     only: String,
+    /// Instead: each kind of fault once, as the tests of every change do it
+    #[arg(long, conflicts_with_all = ["runs", "only"])]
+    sample: bool,
     /// Keep the logs of runs that pass, too
     #[arg(long)]
     keep: bool,
@@ -64,7 +67,10 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let plans = Plan::matching(options.seed, options.runs, &options.only);
+    let plans = match options.sample {
+        true => Plan::sample(options.seed),
+        false => Plan::matching(options.seed, options.runs, &options.only),
+    };
     ensure!(!plans.is_empty(), "no seed matches {:?}", options.only);
     if options.list {
         for plan in plans {

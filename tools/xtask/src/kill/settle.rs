@@ -29,6 +29,9 @@ const WITHOUT_RECOVER: Duration = Duration::from_secs(20);
 
 const EVERY: Duration = Duration::from_millis(20);
 
+/// So long after its death at the most it is known that a process is dead.
+const KNOWN_AFTER: Duration = Duration::from_millis(100);
+
 /// Waits until `crxfer migrate` and the source's guard have ended; the receiver runs (again) then and
 /// lines are whole. Gives the exit code of `crxfer migrate`.
 pub(super) fn come_to_rest(
@@ -66,6 +69,7 @@ pub(super) fn come_to_rest(
         }
         let guards = processes::of(source, Victim::Guard);
         if let Some(code) = ended
+            && since >= KNOWN_AFTER
             && guards.is_empty()
             && strike.undo.is_none()
             && receiver.is_running()
