@@ -67,4 +67,7 @@ pub struct DestinationAbout {
     pub criu: Option<Process>,
     /// Root process of the copy, once it is known.
     pub pid: Option<u32>,
+    /// The hook address-announce has run well.
+    #[serde(default)]
+    pub announced: bool,
 }

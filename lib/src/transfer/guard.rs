@@ -174,6 +174,10 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
     let begun = now();
     while quiet < QUIET_ROUNDS {
         quiet += 1;
+        // At once, before anything that takes long: who talked to the dead process hears that it is.
+        if S::stand_in(&mut place, state, parent).await {
+            quiet = 0;
+        }
         for id in Journal::<S>::list(state)? {
             if settled.contains(&id) {
                 continue;
@@ -185,7 +189,7 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
             let Ok(Some(lease)) = journal.lease() else {
                 continue;
             };
-            let round = S::finish(journal, &lease, begun.elapsed()).await;
+            let round = S::finish(journal, lease, begun.elapsed()).await;
             let text = match round {
                 Ok(Round::Settled(text)) => {
                     settled.push(id);
@@ -200,9 +204,6 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
             if said.insert(id, text.clone()).as_ref() != Some(&text) {
                 say(&format!("{id}: {text}"));
             }
-        }
-        if S::stand_in(&mut place, state, parent, quiet == 0).await {
-            quiet = 0;
         }
         tokio::time::sleep(ROUND).await;
     }
@@ -232,21 +233,15 @@ enum Round {
 
 /// A side whose journals can be finished.
 trait Guarded: State {
-    /// Answers the other hosts in the place of `parent`, where that `is_needed`; true while one is being
-    /// answered.
-    async fn stand_in(
-        _place: &mut Option<StandIn>,
-        _state: &Path,
-        _parent: u32,
-        _is_needed: bool,
-    ) -> bool {
+    /// Answers the other hosts in the place of `parent`; true while one is being answered.
+    async fn stand_in(_place: &mut Option<StandIn>, _state: &Path, _parent: u32) -> bool {
         false
     }
 
     /// `at_work`: for how long this guard has been trying.
     async fn finish(
         journal: Journal<Self>,
-        lease: &Lease,
+        lease: Lease,
         at_work: Duration,
     ) -> Result<Round, String>;
 }
@@ -254,7 +249,7 @@ trait Guarded: State {
 impl Guarded for SourceState {
     async fn finish(
         journal: Journal<Self>,
-        lease: &Lease,
+        lease: Lease,
         at_work: Duration,
     ) -> Result<Round, String> {
         let (_never, stop) = tokio::sync::watch::channel(false);
@@ -264,7 +259,7 @@ impl Guarded for SourceState {
             transport: transport::Options::default(),
             stop,
         };
-        let outcome = finish_source(&journal, lease, &options).await;
+        let outcome = finish_source(&journal, &lease, &options).await;
         let outcome = outcome.map_err(|error| error.to_string())?;
         let text = format!("{outcome:?}");
         Ok(match outcome {
@@ -287,19 +282,14 @@ impl Guarded for SourceState {
 }
 
 impl Guarded for DestinationState {
-    async fn stand_in(
-        place: &mut Option<StandIn>,
-        state: &Path,
-        parent: u32,
-        is_needed: bool,
-    ) -> bool {
+    async fn stand_in(place: &mut Option<StandIn>, state: &Path, parent: u32) -> bool {
         if !StandIn::is_wanted(state, parent) {
             if let Some(left) = place.take() {
                 left.leave().await;
             }
             return false;
         }
-        if place.is_none() && is_needed {
+        if place.is_none() {
             *place = StandIn::of(state, parent);
         }
         place.as_ref().is_some_and(StandIn::is_talking)
@@ -307,10 +297,12 @@ impl Guarded for DestinationState {
 
     async fn finish(
         journal: Journal<Self>,
-        lease: &Lease,
+        lease: Lease,
         _at_work: Duration,
     ) -> Result<Round, String> {
-        let outcome = finish_destination(&journal, lease, Verdict::Ask);
+        let finishing =
+            tokio::task::spawn_blocking(move || finish_destination(&journal, &lease, Verdict::Ask));
+        let outcome = finishing.await.map_err(|error| error.to_string())?;
         let outcome = outcome.map_err(|error| error.to_string())?;
         let text = format!("{outcome:?}");
         Ok(match outcome {

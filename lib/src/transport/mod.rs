@@ -24,6 +24,7 @@ mod connect;
 mod connection;
 mod error;
 mod identity;
+mod reset;
 mod server;
 mod socket;
 mod streams;

@@ -12,6 +12,7 @@ use quinn::{ConnectionError, Endpoint, ServerConfig, TokioRuntime};
 use tokio::time::timeout;
 
 use super::error::is_alpn_mismatch;
+use super::reset;
 use super::tls::{self, Refused};
 use super::{
     CloseCode, Connection, Fingerprint, HANDSHAKE_TIMEOUT, Identity, Options, TransportError,
@@ -105,7 +106,7 @@ impl Server {
         let endpoints = listen
             .iter()
             .map(|address| {
-                endpoint(*address, &options, Some(base.clone())).map_err(|source| {
+                endpoint(*address, &options, Some((base.clone(), &identity))).map_err(|source| {
                     BindError::Socket {
                         address: *address,
                         source,
@@ -199,15 +200,15 @@ impl Server {
 pub(super) fn endpoint(
     address: SocketAddr,
     options: &Options,
-    config: Option<ServerConfig>,
+    server: Option<(ServerConfig, &Identity)>,
 ) -> io::Result<Endpoint> {
     let socket = socket::bind(address, options.socket_buffer)?;
-    Endpoint::new(
-        options.endpoint_config(),
-        config,
-        socket,
-        Arc::new(TokioRuntime),
-    )
+    let mut endpoint = options.endpoint_config();
+    let config = server.map(|(config, identity)| {
+        reset::outlive(&mut endpoint, identity);
+        config
+    });
+    Endpoint::new(endpoint, config, socket, Arc::new(TokioRuntime))
 }
 
 /// A peer that has sent its first packet.

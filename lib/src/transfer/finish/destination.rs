@@ -83,6 +83,10 @@ pub fn finish_destination(
             if pid == 0 {
                 notes.push("it has run here, and has ended since".to_owned());
             }
+            if !about.announced {
+                notes.extend(announce(about, &hooks_of(about)?, pid));
+                note_announced(journal)?;
+            }
             Ok(DestinationOutcome::Running { pid, notes })
         }
         DestinationDuty::Tell(_) if is_over && history.entries.iter().any(is_running) => {
@@ -177,6 +181,7 @@ fn resume(
     let alive = bring_to_life(about, &hooks_of(about)?, note_criu);
     let alive = alive.map_err(|what| left(journal, what))?;
     record_running(journal, alive.pid)?;
+    note_announced(journal)?;
     let mut notes = alive.notes;
     // The copy has read all that it needs.
     notes.extend(remove_place(&about.place).err());
@@ -218,10 +223,9 @@ pub(in crate::transfer) fn bring_to_life(
 ) -> Result<Alive, String> {
     match look(about) {
         copy::Found::Runs { pid } => {
-            return Ok(Alive {
-                pid,
-                notes: vec!["it was found running".to_owned()],
-            });
+            let mut notes = vec!["it was found running".to_owned()];
+            notes.extend(announce(about, hooks, pid));
+            return Ok(Alive { pid, notes });
         }
         copy::Found::Leftovers(left) => remove_leftovers(&left)?,
         copy::Found::Nothing => {}
@@ -238,12 +242,34 @@ pub(in crate::transfer) fn bring_to_life(
     let ran = hooks.run(hooks::Moment::AddressPrepare, &environment(about, None));
     ran.map_err(|error| advice(error.to_string()))?;
     let mut alive = build(about, &images, note_criu).map_err(advice)?;
-    let environment = environment(about, Some(alive.pid));
-    for moment in [hooks::Moment::AddressAnnounce, hooks::Moment::AfterRestore] {
-        let failed = hooks.run(moment, &environment).err();
-        alive.notes.extend(failed.map(|error| error.to_string()));
-    }
+    alive.notes.extend(announce(about, hooks, alive.pid));
     Ok(alive)
+}
+
+// Leads clients to the copy, where nobody has yet. A driver that dies may have done half of it: the hooks
+// then run once more.
+fn announce(about: &DestinationAbout, hooks: &Hooks, pid: u32) -> Vec<String> {
+    if about.announced || pid == 0 {
+        return Vec::new();
+    }
+    let environment = environment(about, Some(pid));
+    let moments = [hooks::Moment::AddressAnnounce, hooks::Moment::AfterRestore];
+    let failed = moments.map(|moment| hooks.run(moment, &environment).err());
+    failed
+        .into_iter()
+        .flatten()
+        .map(|error| error.to_string())
+        .collect()
+}
+
+fn note_announced(
+    journal: &Journal<DestinationState>,
+) -> Result<(), crate::handover::JournalError> {
+    let about = DestinationAbout {
+        announced: true,
+        ..journal.read()?.about
+    };
+    journal.note_quickly(about)
 }
 
 fn build(

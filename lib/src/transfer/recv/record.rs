@@ -48,6 +48,7 @@ impl Record {
             boot: boot_id(),
             criu: None,
             pid: None,
+            announced: false,
         };
         let (journal, lease) = Journal::create(&shared.state, offer.id, about.clone())?;
         Ok(Self(Arc::new(Mutex::new(Inner {
@@ -84,7 +85,16 @@ impl Record {
 
     /// The copy runs.
     pub(super) fn running(&self, pid: u32) -> Result<(), JournalError> {
-        record_running(&self.inner().journal, pid)
+        let mut inner = self.inner();
+        inner.about.pid = Some(pid);
+        record_running(&inner.journal, pid)
+    }
+
+    /// Clients are led here.
+    pub(super) fn announced(&self) -> Result<(), JournalError> {
+        let mut inner = self.inner();
+        inner.about.announced = true;
+        inner.journal.note_quickly(inner.about.clone())
     }
 
     /// The workload stays at the source, or never left it.

@@ -10,6 +10,7 @@ use crate::criu::{CriuError, Verdict};
 use crate::delta::{Compared, Outgoing};
 use crate::handover::SourceState;
 use crate::hooks;
+use crate::session::SessionError;
 use crate::transfer::migrate::freeze::{self, DumpPlace, Job, Moment, Prepared};
 use crate::transfer::migrate::report::Outcome;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
@@ -20,6 +21,9 @@ const SAY_TIME: Duration = Duration::from_millis(500);
 
 /// How long CRIU may take to end when its tree is dead.
 const END_TIME: Duration = Duration::from_secs(3);
+
+/// How long the destination may take to say that its copy runs before it is asked again.
+const ANSWER_TIME: Duration = Duration::from_secs(3);
 
 impl Driver<'_> {
     /// From here on the tree stands still.
@@ -199,7 +203,12 @@ impl Driver<'_> {
             }) => Break((pid, resumed_ns, phases, notes)),
             other => Continue(other),
         });
-        let (pid, resumed_ns, phases, notes) = running.await?;
+        // Letting go takes milliseconds. Who does not say so for this long may be cut off, or dead: it is
+        // asked on another connection, long before this one is given up.
+        let running = tokio::time::timeout(ANSWER_TIME, running).await;
+        let silent = |_| SessionError::Silent(ANSWER_TIME.as_secs());
+        let (pid, resumed_ns, phases, notes) =
+            running.map_err(|late| MigrateError::Transfer(silent(late).into()))??;
         self.report.pid = Some(pid);
         self.report.notes.extend(notes);
         self.report.outcome = Outcome::Migrated;

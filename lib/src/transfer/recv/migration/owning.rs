@@ -285,11 +285,16 @@ impl Driver<'_> {
         }
         let (hooks, environment) = (self.host.hooks.clone(), self.environment(None));
         let (events, address) = (self.shared.events.clone(), self.connection.remote_address());
+        let record = self.record.clone();
         spawn_blocking(move || {
             if let Err(error) = hooks.run(moment, &environment) {
                 let error = error.to_string();
                 events.emit(Event::Failed { address, error });
+                return;
             }
+            // Gone where all is over already.
+            let record = record.filter(|_| moment == hooks::Moment::AddressAnnounce);
+            let _ = record.map(|record| record.announced());
         });
     }
 
