@@ -29,8 +29,8 @@ pub(crate) fn guard(args: &GuardArgs) -> Result<(), Failed> {
 }
 
 pub(crate) fn status(args: &StatusArgs) -> Result<(), Failed> {
-    let found = find(&args.places)?;
-    found::show(&found, args.json)?;
+    let (found, unreadable) = find(&args.places)?;
+    found::show(&found, &unreadable, args.json)?;
     let left = found.iter().filter(|it| it.is_left()).count();
     if left > 0 {
         hint(&format!(
@@ -46,19 +46,23 @@ pub(crate) async fn recover(args: RecoverArgs) -> Result<(), Failed> {
         Some(to) => Some(target::find(to, &args.peer, true)?),
         None => None,
     };
-    let mut found = find(&args.places)?;
+    let (mut found, mut unreadable) = find(&args.places)?;
     found.retain(|it| args.means(it.id));
+    unreadable.retain(|it| args.means(it.id));
     if let Some(keep) = args.keep() {
         decide(&found, keep)?;
     }
-    found::show(&found, args.json)?;
+    found::show(&found, &unreadable, args.json)?;
     let (stopping, stopped) = watch::channel(false);
     let asked = async {
         stop.asked().await;
         let _ = stopping.send(true);
         std::future::pending::<()>().await;
     };
-    let mut left = Vec::new();
+    let damaged = unreadable.iter();
+    let mut left: Vec<_> = damaged
+        .map(|it| format!("{} ({}): {}", it.id, it.side.as_str(), it.error))
+        .collect();
     let work = async {
         for one in found {
             let (id, side) = (one.id, one.side);
@@ -84,7 +88,7 @@ pub(crate) async fn recover(args: RecoverArgs) -> Result<(), Failed> {
 
 /// Records what the operator wants, where that is a question.
 fn decide(found: &[Found], keep: crxfer::handover::Keep) -> Result<(), Failed> {
-    let in_doubt: Vec<_> = found.iter().filter(|it| it.is_in_doubt()).collect();
+    let in_doubt: Vec<_> = found.iter().filter(|it| it.can_take(keep)).collect();
     match in_doubt.as_slice() {
         [one] => one.decide(keep),
         [] => {
@@ -168,7 +172,9 @@ async fn end(
             };
             return again.end(lease, options).await;
         }
-        if !again.is_in_doubt() {
+        // One of those decisions that only one side has to take may be waited for, too.
+        let decided = args.keep().is_some_and(|keep| again.can_take(keep));
+        if !decided && !again.is_in_doubt() {
             return Ok(Ended::done(
                 "busy",
                 "a process takes care of it",

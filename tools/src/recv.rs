@@ -141,7 +141,7 @@ fn events(json: bool) -> Events {
                 id, name, images, ..
             } => {
                 hint(&format!(
-                    "crxfer: holds a complete copy of {name} in {} (migration {id}); the source has not said whose the workload is: it will when it can, or see `crxfer recover`",
+                    "crxfer: holds a complete copy of {name} in {} (migration {id}); the source has not said whose the workload is: it will when it can, or see `crxfer recover --dir` with this directory",
                     images.display()
                 ));
                 Ok(())

@@ -124,6 +124,20 @@ pub enum CriuError {
     },
 }
 
+impl CriuError {
+    /// Whether CRIU ended without tidying up: a tree that it had runs on with what was done to it.
+    pub fn has_died(&self) -> bool {
+        matches!(
+            self,
+            Self::Gone { .. }
+                | Self::Protocol { .. }
+                | Self::Io { .. }
+                | Self::Cancelled { killed: true, .. }
+                | Self::TimedOut { killed: true, .. }
+        )
+    }
+}
+
 const KILLED: &str = "; criu did not react and was killed";
 
 /// A failure that CRIU reports, with all that helps to explain it.

@@ -50,6 +50,7 @@ pub struct DestinationAbout {
     /// Directory of the migration: iterations, `final`, `work`.
     pub place: PathBuf,
     /// The source's facts, as preflight encodes them: pids, sockets, addresses.
+    #[serde(with = "hex")]
     pub facts: Vec<u8>,
     /// What CRIU must be told, as the source asked.
     pub options: crate::wire::RestoreOptions,
@@ -70,4 +71,30 @@ pub struct DestinationAbout {
     /// The hook address-announce has run well.
     #[serde(default)]
     pub announced: bool,
+}
+
+/// Bytes as hexadecimal digits.
+mod hex {
+    use std::fmt::Write as _;
+
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], out: S) -> Result<S::Ok, S::Error> {
+        let mut text = String::with_capacity(bytes.len() * 2);
+        for byte in bytes {
+            let _ = write!(text, "{byte:02x}");
+        }
+        out.serialize_str(&text)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(from)?;
+        let digit = |byte: u8| char::from(byte).to_digit(16);
+        let pair = |pair: &[u8]| {
+            let [high, low] = pair else { return None };
+            u8::try_from(digit(*high)? * 16 + digit(*low)?).ok()
+        };
+        let bytes: Option<Vec<u8>> = text.as_bytes().chunks(2).map(pair).collect();
+        bytes.ok_or_else(|| D::Error::custom("not hexadecimal digits"))
+    }
 }

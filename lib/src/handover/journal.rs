@@ -84,14 +84,30 @@ pub trait State: Copy + PartialEq + std::fmt::Debug + Serialize + DeserializeOwn
     const LAST: Self;
     /// Whether `next` may be recorded after this.
     fn may_become(self, next: Self) -> bool;
+    /// Whether `next` is against an operator's word.
+    fn is_barred(_next: Self, _decided: Option<Keep>) -> bool {
+        false
+    }
+}
+
+/// The fields of a header, by name.
+type Fields = serde_json::Map<String, serde_json::Value>;
+
+fn fields<A: Serialize>(about: &A) -> Fields {
+    match serde_json::to_value(about) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        other => unreachable!("a header is a struct of plain data: {other:?}"),
+    }
 }
 
 /// One line.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Line<S, A> {
-    /// The first one. Replaced by later ones: what is learned on the way.
-    About(Box<A>),
+enum Line<S> {
+    /// The header. The first line.
+    About(Fields),
+    /// Fields of the header that have changed: what is learned on the way.
+    Learned(Fields),
     /// A step.
     State { state: S, at_ms: u64, note: String },
     /// What an operator or a policy decided.
@@ -189,7 +205,7 @@ impl<S: State> Journal<S> {
             turn: Mutex::new(()),
             side: std::marker::PhantomData,
         };
-        journal.append(&Line::About(Box::new(about)), Sync::Quick)?;
+        journal.append(&Line::About(fields(&about)), Sync::Quick)?;
         let first = Line::State {
             state: S::FIRST,
             at_ms: now_ms(),
@@ -321,8 +337,9 @@ impl<S: State> Journal<S> {
 
     fn step(&self, next: S, note: &str, sync: Sync) -> Result<(), JournalError> {
         let _locked = self.locked()?;
-        let found = self.settled()?.state();
-        if !found.may_become(next) {
+        let history = self.settled()?;
+        let found = history.state();
+        if !found.may_become(next) || S::is_barred(next, history.keep()) {
             return Err(JournalError::Overtaken {
                 path: self.path(),
                 found: format!("{found:?}"),
@@ -362,8 +379,14 @@ impl<S: State> Journal<S> {
 
     fn replace(&self, about: S::About, sync: Sync) -> Result<(), JournalError> {
         let _locked = self.locked()?;
-        self.settled()?;
-        self.append(&Line::About(Box::new(about)), sync)
+        // Only what is new: a header may be long, and is noted often.
+        let known = fields(&self.settled()?.about);
+        let mut learned = fields(&about);
+        learned.retain(|name, value| known.get(name) != Some(value));
+        if learned.is_empty() {
+            return Ok(());
+        }
+        self.append(&Line::Learned(learned), sync)
     }
 
     /// Removes the journal and its directory. Only after the last state, or where a migration never
@@ -377,7 +400,7 @@ impl<S: State> Journal<S> {
     }
 
     // All or nothing: what was written in part is taken back, or dropped by the next one.
-    fn append(&self, line: &Line<S, S::About>, sync: Sync) -> Result<(), JournalError> {
+    fn append(&self, line: &Line<S>, sync: Sync) -> Result<(), JournalError> {
         let path = self.path();
         let json = serde_json::to_string(line).expect("plain data is JSON");
         let text = format!("{} {json}\n", checksum(&json));
@@ -463,7 +486,8 @@ fn lease(directory: &Path) -> Result<Option<Lease>, JournalError> {
 
 // What it says, and how many of its bytes say so.
 fn parse<S: State>(bytes: &[u8], path: &Path) -> Result<(History<S>, usize), JournalError> {
-    let mut about = None;
+    let mut about: Option<Fields> = None;
+    let mut told = 0;
     let mut entries = Vec::new();
     let mut decided = None;
     let mut whole = 0;
@@ -482,10 +506,14 @@ fn parse<S: State>(bytes: &[u8], path: &Path) -> Result<(History<S>, usize), Jou
             return Err(damaged(index));
         };
         // What is whole and not understood is of a later version, and may be what counts.
-        let line = serde_json::from_str::<Line<S, S::About>>(json).map_err(|_| damaged(index))?;
+        let line = serde_json::from_str::<Line<S>>(json).map_err(|_| damaged(index))?;
         whole += text.len();
         match line {
-            Line::About(newer) => about = Some(*newer),
+            Line::About(newer) => (about, told) = (Some(newer), index),
+            Line::Learned(fields) => {
+                about.as_mut().ok_or_else(|| damaged(index))?.extend(fields);
+                told = index;
+            }
             Line::State { state, at_ms, note } => entries.push(Entry {
                 state,
                 at: at(at_ms).unwrap_or(UNIX_EPOCH),
@@ -494,8 +522,10 @@ fn parse<S: State>(bytes: &[u8], path: &Path) -> Result<(History<S>, usize), Jou
             Line::Decided { keep, by, .. } => decided = Some((keep, by)),
         }
     }
+    let about = about.ok_or_else(|| damaged(0))?;
+    let about = serde_json::from_value(serde_json::Value::Object(about));
     let history = History {
-        about: about.ok_or_else(|| damaged(0))?,
+        about: about.map_err(|_| damaged(told))?,
         entries,
         decided,
     };
@@ -553,6 +583,10 @@ impl State for DestinationState {
 
     fn may_become(self, next: Self) -> bool {
         self.may_become(next)
+    }
+
+    fn is_barred(next: Self, decided: Option<Keep>) -> bool {
+        Self::is_barred(next, decided)
     }
 }
 

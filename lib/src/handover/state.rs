@@ -214,6 +214,12 @@ impl DestinationState {
         }
     }
 
+    /// Whether `next` is against an operator's word: a commit that is still on its way must not
+    /// overtake it.
+    pub fn is_barred(next: Self, decided: Option<Keep>) -> bool {
+        next == Self::Resuming && decided == Some(Keep::Source)
+    }
+
     /// Whether a copy may run here.
     pub fn is_ours(self) -> bool {
         matches!(self, Self::Resuming | Self::Running)
@@ -231,7 +237,10 @@ impl DestinationState {
                 (Verdict::Commit, _) | (_, Some(Keep::Destination)) => DestinationDuty::Resume,
                 (Verdict::Ask, None) => DestinationDuty::Hold,
             },
-            Self::Resuming if decided == Some(Keep::Source) => DestinationDuty::GiveBack,
+            // A source says that only by an operator's word, or its policy's: it runs its tree again.
+            Self::Resuming if verdict == Verdict::Abort || decided == Some(Keep::Source) => {
+                DestinationDuty::GiveBack
+            }
             Self::Resuming => DestinationDuty::Resume,
             // Two run: the source's tree, as it says, and the copy.
             Self::Running if verdict == Verdict::Abort && decided == Some(Keep::Source) => {

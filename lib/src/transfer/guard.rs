@@ -43,6 +43,15 @@ const LOCK_TIME: Duration = Duration::from_secs(86_400);
 /// How long a guard may take to end that is not needed any more.
 const END_TIME: Duration = Duration::from_secs(1);
 
+/// How long a guard waits for whoever else takes care of what it should end.
+const BUSY_TIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How long a copy that runs is answered for to a source that has not heard so.
+const ANSWER_TIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Between attempts at what fails.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
 /// How to start a guard: a program that calls [`run_guard`].
 ///
 /// It is given `--side source|destination --state DIR` after `args`.
@@ -137,8 +146,7 @@ impl Guard {
 pub fn run_guard(state: &Path, side: GuardSide) -> Result<(), JournalError> {
     // When memory is short the workload's way back must not be what is given up. Needs root.
     let _ = fs::write("/proc/self/oom_score_adj", "-900");
-    // Whatever directory the parent was started in must not be held.
-    let _ = std::env::set_current_dir("/");
+    // In the parent's directory: the hooks may be relative to it.
     // Its number, to tell its word from that of the next one.
     let parent = std::os::unix::process::parent_id();
     let mut byte = [0];
@@ -171,6 +179,7 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
     let mut settled = Vec::new();
     let mut place = None;
     let mut said = HashMap::new();
+    let (mut pauses, mut wait_until) = (HashMap::new(), HashMap::new());
     let begun = now();
     while quiet < QUIET_ROUNDS {
         quiet += 1;
@@ -178,25 +187,59 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
         if S::stand_in(&mut place, state, parent).await {
             quiet = 0;
         }
-        for id in Journal::<S>::list(state)? {
+        let listed = Journal::<S>::list(state).unwrap_or_else(|error| {
+            say(&error.to_string());
+            quiet = 0;
+            Vec::new()
+        });
+        for id in listed {
             if settled.contains(&id) {
                 continue;
             }
             // Another guard may have removed it meanwhile.
-            let Some(journal) = Journal::<S>::open(state, id)? else {
+            let Ok(Some(journal)) = Journal::<S>::open(state, id) else {
                 continue;
             };
-            let Ok(Some(lease)) = journal.lease() else {
+            if wait_until.get(&id).is_some_and(|until| now() < *until) {
+                quiet = 0;
                 continue;
+            }
+            // A tree that stands still comes before anybody's tidiness.
+            if journal.read().is_err() {
+                settled.push(id);
+                say(&format!("{id}: its record cannot be read: crxfer recover"));
+                continue;
+            }
+            let lease = match journal.lease() {
+                Ok(Some(lease)) => lease,
+                // Whoever has it may end without having ended this.
+                Ok(None) => {
+                    if S::is_open(&journal) && begun.elapsed() < BUSY_TIME {
+                        quiet = 0;
+                    }
+                    continue;
+                }
+                Err(_) => continue,
             };
-            let round = S::finish(journal, lease, begun.elapsed()).await;
+            let round = S::finish(journal, lease, begun.elapsed(), &|| {
+                StandIn::is_wanted(state, parent)
+            })
+            .await;
             let text = match round {
                 Ok(Round::Settled(text)) => {
                     settled.push(id);
                     text
                 }
-                Ok(Round::Again(text)) | Err(text) => {
+                Ok(Round::Again(text)) => {
                     quiet = 0;
+                    text
+                }
+                // What cannot be done now is tried again, ever more seldom.
+                Err(text) => {
+                    quiet = 0;
+                    let pause = pauses.entry(id).or_insert(ROUND);
+                    *pause = (*pause * 2).min(LONGEST_PAUSE);
+                    wait_until.insert(id, now() + *pause);
                     text
                 }
             };
@@ -233,16 +276,23 @@ enum Round {
 
 /// A side whose journals can be finished.
 trait Guarded: State {
+    /// Whether something is left to do that its holder may leave undone.
+    fn is_open(journal: &Journal<Self>) -> bool {
+        let state = journal.read().map(|history| history.state());
+        state.is_ok_and(|state| state != Self::LAST)
+    }
+
     /// Answers the other hosts in the place of `parent`; true while one is being answered.
     async fn stand_in(_place: &mut Option<StandIn>, _state: &Path, _parent: u32) -> bool {
         false
     }
 
-    /// `at_work`: for how long this guard has been trying.
+    /// `at_work`: for how long this guard has been trying. `answers`: whether it stands in for its parent.
     async fn finish(
         journal: Journal<Self>,
         lease: Lease,
         at_work: Duration,
+        answers: &dyn Fn() -> bool,
     ) -> Result<Round, String>;
 }
 
@@ -251,6 +301,7 @@ impl Guarded for SourceState {
         journal: Journal<Self>,
         lease: Lease,
         at_work: Duration,
+        _answers: &dyn Fn() -> bool,
     ) -> Result<Round, String> {
         let (_never, stop) = tokio::sync::watch::channel(false);
         let options = FinishOptions {
@@ -298,7 +349,8 @@ impl Guarded for DestinationState {
     async fn finish(
         journal: Journal<Self>,
         lease: Lease,
-        _at_work: Duration,
+        at_work: Duration,
+        answers: &dyn Fn() -> bool,
     ) -> Result<Round, String> {
         let finishing =
             tokio::task::spawn_blocking(move || finish_destination(&journal, &lease, Verdict::Ask));
@@ -307,6 +359,10 @@ impl Guarded for DestinationState {
         let text = format!("{outcome:?}");
         Ok(match outcome {
             DestinationOutcome::Held { .. } => Round::Again(text),
+            // Its source may hold its tree until it has heard that: nobody else answers here.
+            DestinationOutcome::Running { .. } if at_work < ANSWER_TIME && answers() => {
+                Round::Again(text)
+            }
             _ => Round::Settled(text),
         })
     }

@@ -266,7 +266,13 @@ fn bind_server(
             {
                 std::thread::sleep(Duration::from_millis(50));
             }
-            other => return Ok(other?),
+            Err(error) => {
+                if until.is_some() {
+                    stand_in::give_back(state);
+                }
+                return Err(error.into());
+            }
+            Ok(server) => return Ok(server),
         }
     }
 }

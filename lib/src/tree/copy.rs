@@ -24,6 +24,9 @@ use super::{Process, within};
 use crate::criu::network_lock;
 use crate::preflight::Stat;
 
+/// How far a file's age may be off.
+const CLOCK_DOUBT: Duration = Duration::from_millis(50);
+
 /// How long tasks that were let go may take to their own code, and those that were not to the place
 /// where they wait: they may read images meanwhile.
 const SETTLED_WITHIN: Duration = Duration::from_secs(10);
@@ -62,8 +65,8 @@ pub struct Wanted {
     pub criu: Option<Process>,
     /// CRIU's log of the restore, which says whether it let the copy go.
     ///
-    /// It says so at log level 3 and above. Without that a copy is known by half of its tasks at
-    /// least, which cannot be seen any more of one that has ended.
+    /// It says so at log level 3 and above. Without that a copy is known by all of its tasks, which
+    /// cannot be seen any more of one that has ended.
     pub log: std::path::PathBuf,
 }
 
@@ -77,21 +80,32 @@ pub fn find(wanted: &Wanted) -> Found {
     };
     let leftovers = settled(criu, &wanted.log);
     let log = log_says(&wanted.log);
+    // Without a log no restore was begun: what has such pids is somebody else's.
+    let began = began(&wanted.log).map(|began| began.max(criu.started));
     // CRIU's helpers may outlive it while the copy runs.
     let is_task = |process: &Process| {
         let ids = ids(process.pid, wanted.own_pid_namespace);
         ids.first().is_some_and(|id| wanted.tasks.contains(id))
     };
     let held = leftovers.iter().any(is_task);
-    let running = match log {
-        Some(Ended::Resumed) => Some(Copy::look(wanted, criu).root.unwrap_or(0)),
-        None if !held => Copy::lasting(wanted, criu).root,
-        _ => None,
-    };
-    match running {
-        Some(pid) => Found::Runs { pid },
-        None if leftovers.is_empty() => Found::Nothing,
-        None => Found::Leftovers(leftovers),
+    if log == Some(Ended::Resumed) {
+        let began = began.unwrap_or(criu.started);
+        let pid = Copy::look(wanted, began).root.unwrap_or(0);
+        return Found::Runs { pid };
+    }
+    let mut left = leftovers;
+    if let (None, false, Some(began)) = (log, held, began) {
+        let copy = Copy::lasting(wanted, began);
+        match copy.root {
+            Some(pid) if copy.is_whole(wanted) => return Found::Runs { pid },
+            // CRIU's death took some of its processes along: the others are no workload.
+            _ => left.extend(copy.processes),
+        }
+    }
+    if left.is_empty() {
+        Found::Nothing
+    } else {
+        Found::Leftovers(left)
     }
 }
 
@@ -108,7 +122,8 @@ pub fn helpers_of(criu: Process) -> Vec<Process> {
         Stat::of(process.pid).is_some_and(|stat| stat.group == criu.pid)
             && network_lock::is_process_of_criu(process.pid)
     };
-    younger_than(criu).into_iter().filter(is_helper).collect()
+    let young = younger_than(criu.started, criu.pid).into_iter();
+    young.filter(is_helper).collect()
 }
 
 /// Kills leftovers and waits until they are gone and their pids are free; gives how many stayed.
@@ -200,7 +215,7 @@ fn builders(criu: Process, log: &Path) -> Vec<Process> {
         same && is_written(descriptor)
     };
     let mut found = helpers_of(criu);
-    for process in younger_than(criu) {
+    for process in younger_than(criu.started, criu.pid) {
         if found.contains(&process) {
             continue;
         }
@@ -219,15 +234,38 @@ fn is_written(descriptor: &Path) -> bool {
     mode & 0o200 != 0
 }
 
-/// Processes that were started after CRIU was.
-fn younger_than(criu: Process) -> Vec<Process> {
+/// Processes that were started at `began` or later, in ticks since boot, but for `besides` and this one.
+fn younger_than(began: u64, besides: u32) -> Vec<Process> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let processes = pids.filter(|&pid| pid != std::process::id() && pid != criu.pid);
+    let processes = pids.filter(|&pid| pid != std::process::id() && pid != besides);
     let processes = processes.filter_map(Process::of);
     processes
-        .filter(|process| process.started >= criu.started)
+        .filter(|process| process.started >= began)
         .collect()
+}
+
+/// Whether CRIU has written down that it let the copy go.
+pub fn was_let_go(log: &Path) -> bool {
+    matches!(log_says(log), Some(Ended::Resumed))
+}
+
+/// When a restore began, in ticks since boot: when its log was made. `None` where there is none; where
+/// the file system does not keep that, any time.
+#[expect(clippy::disallowed_methods, reason = "the age of a file")]
+fn began(log: &Path) -> Option<u64> {
+    let Ok(made) = fs::metadata(log).ok()?.created() else {
+        return Some(0);
+    };
+    let age = std::time::SystemTime::now().duration_since(made);
+    let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let up = Duration::new(u64::try_from(up.tv_sec).ok()?, 0)
+        + Duration::from_nanos(u64::try_from(up.tv_nsec).ok()?);
+    let at = up.checked_sub(age.unwrap_or_default()).unwrap_or_default();
+    // A tick is a rounded 10 ms, and the clocks are read one after the other.
+    let at = at.saturating_sub(CLOCK_DOUBT).as_millis();
+    let ticks = u128::from(rustix::param::clock_ticks_per_second());
+    u64::try_from(at * ticks / 1000).ok()
 }
 
 /// What there is of a copy that was let go.
@@ -236,29 +274,37 @@ struct Copy {
     /// Those of the wanted tasks that are there, as the images number them.
     ids: HashSet<u32>,
     root: Option<u32>,
+    processes: Vec<Process>,
 }
 
 impl Copy {
-    /// The copy, if half of it is there and stays: its processes may be about to end.
-    fn lasting(wanted: &Wanted, criu: Process) -> Self {
+    /// All that its images hold is there. One thread that has ended in the meantime makes it less than
+    /// that: then it is built again.
+    fn is_whole(&self, wanted: &Wanted) -> bool {
+        wanted.tasks.iter().all(|id| self.ids.contains(id))
+    }
+
+    /// The copy, when it stays as it is: its processes may be about to end.
+    fn lasting(wanted: &Wanted, began: u64) -> Self {
         let mut copy = Self::default();
         within(SETTLED_WITHIN, || {
-            copy = Self::look(wanted, criu);
-            if copy.ids.is_empty() || copy.ids.len() * 2 < wanted.tasks.len() {
-                copy = Self::default();
+            copy = Self::look(wanted, began);
+            if copy.ids.is_empty() {
                 return true;
             }
             std::thread::sleep(STILL_FOR);
-            Self::look(wanted, criu).ids == copy.ids
+            Self::look(wanted, began).ids == copy.ids
         });
         copy
     }
 
-    fn look(wanted: &Wanted, criu: Process) -> Self {
+    // `began`: when the restore did, in ticks since boot.
+    fn look(wanted: &Wanted, began: u64) -> Self {
         let tasks: HashSet<u32> = wanted.tasks.iter().copied().collect();
         let mut best = Self::default();
         let mut spaces = std::collections::BTreeMap::<u64, Self>::new();
-        for process in younger_than(criu) {
+        let young = younger_than(began, std::process::id());
+        for process in young {
             let ids = ids(process.pid, wanted.own_pid_namespace);
             // Its first thread has the process' id.
             let is_listed = ids.first().is_some_and(|id| tasks.contains(id));
@@ -275,6 +321,7 @@ impl Copy {
             if leads || here.root.is_none() {
                 here.root = Some(process.pid);
             }
+            here.processes.push(process);
             here.ids
                 .extend(ids.into_iter().filter(|id| tasks.contains(id)));
         }

@@ -2,6 +2,7 @@
 //!
 //! - [`Tree`] and [`Process`] tell processes from others that got their pids later.
 //! - [`fence`] holds a tree still by the kernel's freezer, so that nothing but the fence's opening lets it run.
+//! - [`hold`] stops a tree when CRIU dies, or before.
 //! - [`heal`] undoes what a CRIU that was killed left in a tree: sockets in repair mode, a network lock.
 //! - [`copy`] finds out whether a restored tree runs, and removes what a restore left.
 
@@ -9,6 +10,7 @@ mod cgroup;
 pub mod copy;
 pub mod fence;
 pub mod heal;
+pub mod hold;
 mod identity;
 mod network;
 #[cfg(test)]

@@ -12,7 +12,7 @@ use serde_json::json;
 use super::{Ended, end_destination, end_source};
 use crate::args::PlaceArgs;
 use crate::error::Failed;
-use crate::output::{self, Align, Table};
+use crate::output::{self, Align, Table, hint};
 use crate::size;
 
 /// Where `crxfer recv` keeps its records, in its directory.
@@ -51,22 +51,39 @@ pub(super) struct Found {
     held: bool,
 }
 
-/// All of them, the oldest first.
-pub(super) fn find(places: &PlaceArgs) -> Result<Vec<Found>, Failed> {
+/// A record that cannot be read. It must not keep the others from being ended.
+#[derive(Debug)]
+pub(super) struct Unreadable {
+    pub(super) id: MigrationId,
+    pub(super) side: Side,
+    pub(super) error: String,
+}
+
+/// All of them, the oldest first, and those that cannot be read.
+pub(super) fn find(places: &PlaceArgs) -> Result<(Vec<Found>, Vec<Unreadable>), Failed> {
     let mut roots = vec![places.state.clone().unwrap_or_else(crate::key::records)];
     roots.extend(places.dir.iter().map(|dir| dir.join(IN_RECEIVING)));
     roots.dedup();
-    let mut found = Vec::new();
+    let (mut found, mut unreadable) = (Vec::new(), Vec::new());
     for root in &roots {
-        for id in Journal::<SourceState>::list(root)? {
-            found.extend(Found::open(root, id, Side::Source)?);
-        }
-        for id in Journal::<DestinationState>::list(root)? {
-            found.extend(Found::open(root, id, Side::Destination)?);
+        let sources = Journal::<SourceState>::list(root)?.into_iter();
+        let destinations = Journal::<DestinationState>::list(root)?.into_iter();
+        let all = sources
+            .map(|id| (id, Side::Source))
+            .chain(destinations.map(|id| (id, Side::Destination)));
+        for (id, side) in all {
+            match Found::open(root, id, side) {
+                Ok(opened) => found.extend(opened),
+                Err(error) => unreadable.push(Unreadable {
+                    id,
+                    side,
+                    error: error.text(),
+                }),
+            }
         }
     }
     found.sort_by_key(Found::since);
-    Ok(found)
+    Ok((found, unreadable))
 }
 
 /// A journal, what it says, and whether somebody has it.
@@ -76,10 +93,16 @@ fn open<S: State>(root: &Path, id: MigrationId) -> Result<Option<Opened<S>>, Fai
     let Some(journal) = Journal::<S>::open(root, id)? else {
         return Ok(None);
     };
-    let history = journal.read()?;
-    // Let go at once: this only looks.
-    let held = journal.lease()?.is_none();
-    Ok(Some((journal, history, held)))
+    let looked = journal
+        .read()
+        // Let go at once: this only looks.
+        .and_then(|history| Ok((history, journal.lease()?.is_none())));
+    match looked {
+        Ok((history, held)) => Ok(Some((journal, history, held))),
+        // Another process has ended it in this moment.
+        Err(_) if !journal.directory().exists() => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 impl Found {
@@ -182,16 +205,31 @@ impl Found {
 
     /// Whether only the other host, or an operator, can say whose the workload is.
     pub(super) fn is_in_doubt(&self) -> bool {
+        [Keep::Source, Keep::Destination]
+            .into_iter()
+            .all(|keep| self.can_take(keep))
+    }
+
+    /// Whether an operator who says `keep` decides something that this host does not know.
+    pub(super) fn can_take(&self, keep: Keep) -> bool {
         match &self.record {
             Record::Source(_, history) => match history.state() {
                 SourceState::Committed => true,
-                SourceState::Freezing | SourceState::Fencing => {
-                    !self.held && history.about.tree.left().is_empty()
+                // Frozen programs do not end by themselves.
+                SourceState::Freezing | SourceState::Fencing | SourceState::Keeping => {
+                    history.about.tree.left().is_empty()
                 }
+                // The way out where two run.
+                SourceState::Kept => keep == Keep::Destination,
                 _ => false,
             },
             // A receiver that holds its copy acts upon a decision, too, once its source is lost.
-            Record::Destination(_, history) => history.state() == DestinationState::Complete,
+            Record::Destination(_, history) => match history.state() {
+                DestinationState::Complete => true,
+                // One that cannot be brought to life; and the way out where two run.
+                DestinationState::Resuming | DestinationState::Running => keep == Keep::Source,
+                _ => false,
+            },
         }
     }
 
@@ -247,12 +285,34 @@ fn destination_finding(state: DestinationState) -> &'static str {
     }
 }
 
-pub(super) fn show(found: &[Found], as_json: bool) -> Result<(), Failed> {
+pub(super) fn show(
+    found: &[Found],
+    unreadable: &[Unreadable],
+    as_json: bool,
+) -> Result<(), Failed> {
     if as_json {
-        return found.iter().try_for_each(|it| output::json(&value(it)));
+        found.iter().try_for_each(|it| output::json(&value(it)))?;
+        return unreadable.iter().try_for_each(|it| {
+            output::json(&json!({
+                "event": "migration",
+                "id": it.id.to_string(),
+                "side": it.side.as_str(),
+                "error": it.error,
+            }))
+        });
+    }
+    for it in unreadable {
+        hint(&format!(
+            "crxfer: {} ({}): {}",
+            it.id,
+            it.side.as_str(),
+            it.error
+        ));
     }
     if found.is_empty() {
-        return output::line("no migration is unfinished or under way");
+        return output::line(
+            "no migration is unfinished or under way (a destination's are found with --dir)",
+        );
     }
     let align = &[
         Align::Left,

@@ -48,7 +48,7 @@ pub(crate) fn journal_seeds() -> Vec<Vec<u8>> {
             r#"{{"state":{{"state":"{state}","at_ms":5,"note":"n"}}}}"#
         ))
     };
-    let decided: Line<SourceState, ()> = Line::Decided {
+    let decided: Line<SourceState> = Line::Decided {
         keep: Keep::Source,
         at_ms: 6,
         by: "root".into(),

@@ -117,8 +117,10 @@ fn reason_of(verdict: Verdict, history: &History<DestinationState>) -> &'static 
 /// The root process of a copy that runs; 0 where it has ended.
 fn running_pid(about: &DestinationAbout) -> u32 {
     let pid = about.pid.filter(|_| about.boot == boot_id());
-    let there = pid.filter(|&pid| Process::of(pid).is_some());
-    there.unwrap_or(0)
+    let began = about.criu.map_or(0, |criu| criu.started);
+    let there = pid.and_then(Process::of);
+    let there = there.filter(|process| process.started >= began);
+    there.map_or(0, |process| process.pid)
 }
 
 fn left(journal: &Journal<DestinationState>, what: String) -> FinishError {
@@ -136,6 +138,12 @@ fn remove(
     let about = &history.about;
     if history.state() != DestinationState::Removing {
         journal.advance(DestinationState::Removing, reason)?;
+    }
+    let ran = history.entries.iter().any(is_running);
+    let root = if ran { running_pid(about) } else { 0 };
+    if root > 0 {
+        // The way out where two ran: an operator wants the source's tree.
+        remove_leftovers(&processes_of(about, root)).map_err(|what| left(journal, what))?;
     }
     let mut notes = clear(about).map_err(|what| left(journal, what))?;
     remove_place(&about.place).map_err(|what| left(journal, what))?;
@@ -233,7 +241,7 @@ pub(in crate::transfer) fn bring_to_life(
     let images = about.place.join(standby::FINAL);
     let advice = |what: String| {
         format!(
-            "the workload is this host's, but cannot be brought to life: {what}; its complete images are in {}: remove the cause, then run `crxfer recover`",
+            "the workload is this host's, but cannot be brought to life: {what}; its complete images are in {}: remove the cause, then run `crxfer recover --dir` of the receiving directory",
             images.display()
         )
     };
@@ -318,8 +326,9 @@ pub(in crate::transfer) fn clear(about: &DestinationAbout) -> Result<Vec<String>
     let left = match look(about) {
         copy::Found::Nothing => return Ok(Vec::new()),
         copy::Found::Leftovers(left) => left,
-        // Nobody let it go: if it does execute something, then not by the right of this host.
-        copy::Found::Runs { pid } => processes_of(about, pid),
+        // Only CRIU's word makes it the copy: it may be a stranger with the copy's pids.
+        copy::Found::Runs { pid } if copy::was_let_go(&log_of(about)) => processes_of(about, pid),
+        copy::Found::Runs { .. } => return Ok(Vec::new()),
     };
     remove_leftovers(&left)?;
     let count = left.len();
@@ -330,7 +339,7 @@ fn remove_leftovers(left: &[Process]) -> Result<(), String> {
     match copy::remove(left) {
         0 => Ok(()),
         stayed => Err(format!(
-            "{stayed} processes that CRIU left of the copy do not end: end them, then run `crxfer recover`"
+            "{stayed} processes that CRIU left of the copy do not end: end them, then run `crxfer recover --dir` of the receiving directory"
         )),
     }
 }
@@ -359,8 +368,12 @@ fn wanted(about: &DestinationAbout) -> copy::Wanted {
         tasks: tree.tasks,
         own_pid_namespace: tree.own_pid_namespace,
         criu: about.criu,
-        log: about.place.join("work/restore.log"),
+        log: log_of(about),
     }
+}
+
+fn log_of(about: &DestinationAbout) -> PathBuf {
+    about.place.join("work/restore.log")
 }
 
 fn processes_of(about: &DestinationAbout, root: u32) -> Vec<Process> {

@@ -30,6 +30,7 @@ use crate::image::{DumpStats, Inventory, PageFlags, PageRun, PagemapName};
 use crate::page::PageSize;
 use crate::transfer::clock::Clock;
 use crate::transfer::pause;
+use crate::tree::hold;
 
 /// What happens during the freeze, in order.
 #[derive(Debug)]
@@ -287,11 +288,18 @@ fn dump(
                 Verdict::GoOn
             }
             Stage::PostDump => {
+                // Should CRIU die now, the tree does not run with what CRIU has done to its sockets.
+                let tree = hold::below(job.pid);
+                hold::stop(&tree);
                 tell(Moment::Held {
                     at_ns: clock.now_ns(),
                 });
                 // Whoever would answer is gone: the tree runs on.
-                verdicts.recv().unwrap_or(Verdict::Refuse)
+                let verdict = verdicts.recv().unwrap_or(Verdict::Refuse);
+                if verdict == Verdict::Refuse {
+                    hold::release(&tree);
+                }
+                verdict
             }
             _ => Verdict::GoOn,
         })

@@ -22,10 +22,14 @@ use crate::wire::{Failure, FailureCode, Message, Step, limits};
 
 /// The file that says who answers, and its key.
 const POST: &str = "receiver";
+const TAKEN: &str = "receiver.taken";
 const KEY: &str = "receiver.pem";
 
+/// Between looks whether the next receiver is there.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// How long the guard of a receiver before may take to leave its place.
-pub(super) const TAKE_OVER: Duration = Duration::from_secs(3);
+pub(super) const TAKE_OVER: Duration = Duration::from_secs(10);
 
 /// Where a receiver answers, for whoever stands in for it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -37,7 +41,12 @@ struct Post {
 
 /// Takes the post from whoever has it; true where somebody had.
 pub(super) fn take_away(state: &Path) -> bool {
-    fs::remove_file(state.join(POST)).is_ok()
+    fs::rename(state.join(POST), state.join(TAKEN)).is_ok()
+}
+
+/// Gives it back, where the place could not be taken.
+pub(super) fn give_back(state: &Path) {
+    let _ = fs::rename(state.join(TAKEN), state.join(POST));
 }
 
 /// Removes the word that process `receiver` has left.
@@ -68,7 +77,9 @@ pub(super) fn leave_word(
     identity.save(&key).map_err(std::io::Error::other)?;
     let draft = state.join(format!("{POST}.new"));
     fs::write(&draft, serde_json::to_string(&post)?)?;
-    fs::rename(&draft, state.join(POST))
+    fs::rename(&draft, state.join(POST))?;
+    let _ = fs::remove_file(state.join(TAKEN));
+    Ok(())
 }
 
 /// Listens in the place of a receiver that is dead.
@@ -94,9 +105,16 @@ impl StandIn {
         let server = Arc::new(Server::bind(&post.listen, identity, trust, options).ok()?);
         let talking = Arc::new(AtomicUsize::new(0));
         let answering = answer_all(server.clone(), state.to_owned(), talking.clone());
+        let leaving = leave_when_taken(server.clone(), state.to_owned(), parent);
+        let task = tokio::spawn(async move {
+            tokio::select! {
+                () = answering => {}
+                () = leaving => {}
+            }
+        });
         Some(Self {
             server,
-            task: tokio::spawn(answering),
+            task,
             talking,
         })
     }
@@ -127,6 +145,16 @@ fn read(state: &Path) -> Option<Post> {
 fn post_of(state: &Path, parent: u32) -> Option<Post> {
     let post = read(state)?;
     (post.receiver.pid == parent && !post.receiver.is_there()).then_some(post)
+}
+
+// The next receiver waits for the port, whatever this guard is at.
+async fn leave_when_taken(server: Arc<Server>, state: PathBuf, receiver: u32) {
+    while post_of(&state, receiver).is_some() {
+        tokio::time::sleep(LOOK).await;
+    }
+    server
+        .close(CloseCode::ShuttingDown, "the receiver takes over")
+        .await;
 }
 
 async fn answer_all(server: Arc<Server>, state: PathBuf, talking: Arc<AtomicUsize>) {

@@ -10,6 +10,7 @@ use tokio::task::spawn_blocking;
 use super::{Shared, orphans};
 use crate::handover::journal::History;
 use crate::handover::{DestinationState, Journal, JournalError, Lease, Verdict};
+use crate::standby;
 use crate::store::{Store, Tried as _};
 use crate::transfer::TransferError;
 use crate::transfer::event::Event;
@@ -34,7 +35,9 @@ pub(super) struct Waiting {
 /// long as killed processes take to end.
 pub(super) fn tidy(store: &Store, state: &Path) -> Result<Vec<Waiting>, TransferError> {
     let mut waiting = Vec::new();
-    let known = known(state);
+    // An error here must not make everything look like a stray.
+    let known = Journal::<DestinationState>::list(state);
+    let known = known.map_err(|error| super::record::cannot_record(&error))?;
     for id in &known {
         match tidy_one(state, *id) {
             Ok(found) => waiting.extend(found),
@@ -103,6 +106,20 @@ fn remove_strays(store: &Store, known: &[MigrationId]) -> Result<(), TransferErr
         let entry = entry.tried("list", &parent)?;
         let id = entry.file_name().to_str().and_then(MigrationId::parse);
         if id.is_some_and(|id| known.contains(&id)) {
+            continue;
+        }
+        // Of one whose journal is elsewhere, or was lost with /run: perhaps the last copy there is.
+        if entry
+            .path()
+            .join(standby::FINAL)
+            .join("inventory.img")
+            .exists()
+        {
+            let place = entry.path();
+            tracing::warn!(
+                "{} holds a complete copy of a migration without a journal here: look where it runs, then remove it",
+                place.display()
+            );
             continue;
         }
         tracing::info!("removing {}: it ended early", entry.path().display());
@@ -179,9 +196,10 @@ pub(super) fn is_anything(shared: &Shared) -> bool {
             .flatten()
             .and_then(|journal| journal.read().ok());
         state.is_none_or(|history| {
+            // One that runs: its source has not heard so, and may hold its tree until it has.
             !matches!(
                 history.state(),
-                DestinationState::Running | DestinationState::Removed | DestinationState::Over
+                DestinationState::Removed | DestinationState::Over
             )
         })
     };

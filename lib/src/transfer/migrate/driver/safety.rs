@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use tokio::task::spawn_blocking;
 
 use super::{Driver, Event};
-use crate::criu::{CriuError, Verdict};
+use crate::criu::Verdict;
 use crate::handover::journal::SourceAbout;
 use crate::handover::{Journal, JournalError, SourceState};
 use crate::transfer::finish::{
@@ -46,13 +46,7 @@ pub(super) enum CriuEnd {
 impl CriuEnd {
     pub(super) fn of(result: &Result<(), MigrateError>) -> Self {
         match result {
-            Err(MigrateError::Criu(
-                CriuError::Gone { .. }
-                | CriuError::Protocol { .. }
-                | CriuError::Io { .. }
-                | CriuError::Cancelled { killed: true, .. }
-                | CriuError::TimedOut { killed: true, .. },
-            )) => Self::Died,
+            Err(MigrateError::Criu(error)) if error.has_died() => Self::Died,
             _ => Self::Tidy,
         }
     }

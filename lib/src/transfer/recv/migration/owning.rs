@@ -195,13 +195,14 @@ impl Driver<'_> {
         match &self.restoring {
             Some(restoring) if !self.restore_ended && self.held.is_some() => {
                 restoring.end(criu::Verdict::GoOn);
+                self.later(hooks::Moment::AddressAnnounce);
             }
             _ => {
-                // The first time: it has not been tried yet.
+                // The first time: it has not been tried yet. Clients are led here when it stands: until
+                // then they would meet a host without their connections.
                 let _ = self.bring_back("CRIU does not hold it any more");
             }
         }
-        self.later(hooks::Moment::AddressAnnounce);
     }
 
     /// CRIU is gone, and has not said that the copy runs: looks for it, or builds it once more.
@@ -232,6 +233,7 @@ impl Driver<'_> {
         self.bringing = false;
         let alive = result.map_err(|why| refused(FailureCode::Criu, why))?;
         self.notes.extend(alive.notes);
+        self.later(hooks::Moment::AddressAnnounce);
         self.resumed(alive.pid, self.clock.now_ns());
         Ok(())
     }
@@ -332,7 +334,7 @@ impl Driver<'_> {
     pub(super) fn stranded(&mut self, error: Option<TransferError>) -> TransferError {
         let why = error.map_or_else(|| "CRIU ended".to_owned(), |error| error.to_string());
         let reason = format!(
-            "the copy was let go, but CRIU did not bring it to life ({why}); its complete images are in {} of the destination: `crxfer recover` there tries again",
+            "the copy was let go, but CRIU did not bring it to life ({why}); its complete images are in {} of the destination: `crxfer recover --dir` of that directory tries again",
             self.place.path.join(standby::FINAL).display()
         );
         refused(FailureCode::Criu, reason)
