@@ -277,7 +277,8 @@ fn options(pid: u32, work: &Path, target: Target, events: MigrateEvents) -> Migr
         bytes_per_s: None,
         read_bytes_per_s: None,
         work: work.to_owned(),
-        state: work.join("state"),
+        // Beside it: in the work directory nothing may be left.
+        state: work.with_file_name("state"),
         guard: None,
         on_partition: OnPartition::Hold,
         partition_wait: Duration::from_secs(60),
