@@ -3,11 +3,12 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crxfer::criu::CriuOptions;
-use crxfer::handover::OnPartition;
+use crxfer::handover::{Journal, OnPartition, SourceState};
 use crxfer::hooks::{Hooks, Side};
 use crxfer::precopy::Goals;
 use crxfer::preflight;
@@ -47,15 +48,18 @@ enum Lie {
     AbortedUnasked,
     /// Stored what was not begun.
     StoredOfTheFuture,
+    /// None: its copy is built. It is the source's disk that is full when the commit is recorded.
+    FullDiskHere,
 }
 
-const LIES: [Lie; 6] = [
+const LIES: [Lie; 7] = [
     Lie::SilentAfterFreeze,
     Lie::GoneAfterFreeze,
     Lie::RunningWithoutCommit,
     Lie::BuiltBeforeFreeze,
     Lie::AbortedUnasked,
     Lie::StoredOfTheFuture,
+    Lie::FullDiskHere,
 ];
 
 /// A host that takes one migration, and lies.
@@ -143,6 +147,9 @@ impl FakeDestination {
             }
             (StreamNote::Begin { is_final: true, .. }, Lie::AbortedUnasked) => {
                 self.step(Step::Aborted).await;
+            }
+            (StreamNote::End { root: Some(_), .. }, Lie::FullDiskHere) => {
+                self.step(Step::Built).await;
             }
             (StreamNote::End { number, root: None }, lie) => {
                 let number = number + u32::from(lie == Lie::StoredOfTheFuture);
@@ -277,7 +284,8 @@ fn options(pid: u32, work: &Path, target: Target, events: MigrateEvents) -> Migr
         bytes_per_s: None,
         read_bytes_per_s: None,
         work: work.to_owned(),
-        state: work.join("state"),
+        // Beside it: in the work directory nothing may be left.
+        state: work.with_file_name("state"),
         guard: None,
         on_partition: OnPartition::Hold,
         partition_wait: Duration::from_secs(60),
@@ -302,10 +310,13 @@ async fn lied_to(lie: Lie) -> (MigrateFailure, bool, Duration) {
 
     let froze = Arc::new(Mutex::new(false));
     let saw = froze.clone();
-    let events = MigrateEvents::new(move |event| {
-        if matches!(event, MigrateEvent::Freezing) {
-            *saw.lock().unwrap() = true;
-        }
+    let state = place.path().join("state");
+    let disk = (lie == Lie::FullDiskHere).then(|| SmallDisk::mount(&state));
+    let small = disk.is_some();
+    let events = MigrateEvents::new(move |event| match event {
+        MigrateEvent::Freezing => *saw.lock().unwrap() = true,
+        MigrateEvent::Built if small => fill(&state),
+        _ => {}
     });
     let work = place.path().join("work");
     let migrating = migrate(options(
@@ -332,7 +343,46 @@ async fn lied_to(lie: Lie) -> (MigrateFailure, bool, Duration) {
     let panicked = serving.await.is_err_and(|error| error.is_panic());
     assert!(!panicked, "{lie:?}");
     let froze = *froze.lock().unwrap();
+    drop(disk);
     (failure, froze, pause)
+}
+
+/// A file system of its own, small enough to be filled.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &Path) -> Self {
+        fs::create_dir(at).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"]);
+        assert!(mount.arg(at).status().unwrap().success(), "root may mount");
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// Leaves no room in `state` for another line of its journal, once the tree is being fenced.
+fn fill(state: &Path) {
+    const PAGE: u64 = 4096;
+    let id = Journal::<SourceState>::list(state).unwrap()[0];
+    let journal = Journal::<SourceState>::open(state, id).unwrap().unwrap();
+    while journal.read().unwrap().state() != SourceState::Fencing {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let file = journal.directory().join("journal");
+    let length = || fs::metadata(&file).unwrap().len();
+    let (mut about, before) = (journal.read().unwrap().about, length());
+    journal.note(about.clone()).unwrap();
+    let short = PAGE - (2 * length() - before) % PAGE;
+    about.name += &"x".repeat(usize::try_from(short).unwrap());
+    journal.note(about).unwrap();
+    assert_eq!(length() % PAGE, 0, "its last page is full");
+    fs::write(state.join("filler"), vec![0; 1 << 20]).unwrap_err();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -354,6 +404,7 @@ async fn whatever_a_destination_does_before_the_commit_the_program_runs_on() {
         let expected = match lie {
             Lie::SilentAfterFreeze => "--freeze-limit",
             Lie::GoneAfterFreeze => "ended the connection",
+            Lie::FullDiskHere => "cannot write",
             _ => "broke the protocol",
         };
         assert!(text.contains(expected), "{lie:?}: {text}");

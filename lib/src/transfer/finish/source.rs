@@ -127,16 +127,23 @@ impl<'a> Finish<'a> {
         &mut self,
         history: History<SourceState>,
     ) -> Result<Option<SourceOutcome>, FinishError> {
-        if history.state() != SourceState::Keeping {
-            let by = history.decided.as_ref().map_or("", |(_, by)| by.as_str());
-            self.journal.advance(SourceState::Keeping, by)?;
+        let state = history.state();
+        let by = history.decided.as_ref().map(|(_, by)| by.clone());
+        let by = by.unwrap_or_default();
+        // What was given away is taken back in the journal first. Without a commit the tree is this
+        // host's anyhow, and runs again even where a full disk takes no record.
+        if state == SourceState::Committed {
+            self.journal.advance(SourceState::Keeping, &by)?;
         }
-        let mut entries = history.entries.iter();
-        let was_frozen = entries.any(|entry| entry.state == SourceState::Freezing);
+        let was = |wanted| history.entries.iter().any(|entry| entry.state == wanted);
+        let was_frozen = was(SourceState::Freezing);
         let notes = self
             .job(move || tree::keep(&history.about, was_frozen))
             .await?;
         self.notes.extend(notes);
+        if !matches!(state, SourceState::Committed | SourceState::Keeping) {
+            self.journal.advance(SourceState::Keeping, &by)?;
+        }
         self.journal.advance(SourceState::Kept, "")?;
         Ok(None)
     }

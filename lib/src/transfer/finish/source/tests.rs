@@ -8,7 +8,7 @@ use crate::wire::MigrationId;
 
 /// A journal whose destination cannot be reached, and a tree of one process.
 struct Stage {
-    _state: tempfile::TempDir,
+    _state: Option<tempfile::TempDir>,
     journal: Journal<SourceState>,
     lease: Lease,
     child: Child,
@@ -25,8 +25,14 @@ impl Drop for Stage {
 impl Stage {
     fn new(change: impl FnOnce(&mut SourceAbout)) -> Self {
         let state = tempfile::tempdir().expect("a directory");
+        let mut stage = Self::below(state.path(), change);
+        stage._state = Some(state);
+        stage
+    }
+
+    fn below(state: &std::path::Path, change: impl FnOnce(&mut SourceAbout)) -> Self {
         let child = Command::new("sleep").arg("60").spawn().expect("sleep");
-        let identity = state.path().join("identity.pem");
+        let identity = state.join("identity.pem");
         let key = Identity::generate().expect("a key");
         key.save(&identity).expect("saved");
         let mut about = SourceAbout {
@@ -35,14 +41,14 @@ impl Stage {
             addresses: vec!["127.0.0.1:1".parse().expect("an address")],
             peer: key.fingerprint().to_string(),
             identity,
-            work: state.path().join("work"),
+            work: state.join("work"),
             ..sample_about()
         };
         change(&mut about);
         let (journal, lease) =
-            Journal::create(state.path(), MigrationId([7; 16]), about).expect("a journal");
+            Journal::create(state, MigrationId([7; 16]), about).expect("a journal");
         Self {
-            _state: state,
+            _state: None,
             journal,
             lease,
             child,
@@ -58,18 +64,41 @@ impl Stage {
     }
 
     async fn finish(&self, patience: Duration) -> SourceOutcome {
+        self.try_finish(patience)
+            .await
+            .expect("nothing is in the way")
+    }
+
+    async fn try_finish(&self, patience: Duration) -> Result<SourceOutcome, FinishError> {
         let options = FinishOptions {
             patience,
             target: None,
             transport: transport::Options::default(),
             stop: self.stop.subscribe(),
         };
-        let outcome = finish_source(&self.journal, &self.lease, &options).await;
-        outcome.expect("nothing is in the way")
+        finish_source(&self.journal, &self.lease, &options).await
     }
 
     fn state(&self) -> SourceState {
         self.journal.read().expect("readable").state()
+    }
+
+    /// As a CRIU that was killed leaves it.
+    async fn be_stopped(&self) {
+        let process = crate::tree::Process::of(self.child.id()).expect("it runs");
+        assert!(tree::signal(process, rustix::process::Signal::STOP));
+        assert!(self.comes_to('T').await);
+    }
+
+    async fn comes_to(&self, state: char) -> bool {
+        for _ in 0..100 {
+            let stat = crate::preflight::Stat::of(self.child.id());
+            if stat.is_some_and(|stat| stat.state == state) {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        false
     }
 
     fn runs(&self) -> bool {
@@ -189,4 +218,90 @@ async fn who_is_asked_to_stop_leaves_the_tree_held() {
     assert!(matches!(outcome, SourceOutcome::Held { .. }), "{outcome:?}");
     assert!(begun.elapsed() < Duration::from_secs(5));
     assert_eq!(stage.state(), SourceState::Committed);
+}
+
+/// A file system of its own, small enough to be filled.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Option<Self> {
+        let place = tempfile::tempdir().expect("a directory");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]);
+        let mounted = mount.arg(place.path()).status();
+        let mounted = mounted.is_ok_and(|status| status.success());
+        if !mounted {
+            println!("not tried: nothing can be mounted here");
+        }
+        mounted.then(|| Self(place))
+    }
+
+    fn filler(&self) -> std::path::PathBuf {
+        self.0.path().join("filler")
+    }
+
+    /// Leaves no room for another line of the journal, nor for anything else.
+    fn fill(&self, journal: &Journal<SourceState>) {
+        const PAGE: u64 = 4096;
+        let file = journal.directory().join("journal");
+        let length = || std::fs::metadata(&file).expect("there").len();
+        let mut about = journal.read().expect("readable").about;
+        let before = length();
+        journal.note(about.clone()).expect("there is room");
+        let line = length() - before;
+        let short = PAGE - (length() + line) % PAGE;
+        about.name += &"x".repeat(usize::try_from(short).expect("below a page"));
+        journal.note(about).expect("there is room");
+        assert_eq!(length() % PAGE, 0, "its last page is full");
+        let filled = std::fs::write(self.filler(), vec![0; 1 << 20]);
+        filled.expect_err("it is small");
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn on_a_full_disk_the_tree_is_released_first_and_recorded_later() {
+    let Some(disk) = SmallDisk::mount() else {
+        return;
+    };
+    let before = [SourceState::Freezing, SourceState::Fencing];
+    let stage = Stage::below(disk.0.path(), |_| {}).at(&before);
+    stage.be_stopped().await;
+    disk.fill(&stage.journal);
+    let outcome = stage.try_finish(SOON).await;
+    assert!(
+        matches!(outcome, Err(FinishError::Journal(_))),
+        "{outcome:?}"
+    );
+    assert_eq!(stage.state(), SourceState::Fencing, "nothing was recorded");
+    assert!(stage.comes_to('S').await, "it was not woken");
+
+    std::fs::remove_file(disk.filler()).expect("there");
+    let outcome = stage.finish(SOON).await;
+    assert!(matches!(outcome, SourceOutcome::Kept { .. }), "{outcome:?}");
+    assert_eq!(stage.state(), SourceState::Kept);
+}
+
+#[tokio::test]
+async fn on_a_full_disk_what_was_committed_stays_held() {
+    let Some(disk) = SmallDisk::mount() else {
+        return;
+    };
+    let stage = Stage::below(disk.0.path(), |_| {}).at(&TO_COMMIT);
+    stage.be_stopped().await;
+    let decided = stage.journal.decide(Keep::Source, "a test");
+    decided.expect("recorded");
+    disk.fill(&stage.journal);
+    let outcome = stage.try_finish(SOON).await;
+    assert!(
+        matches!(outcome, Err(FinishError::Journal(_))),
+        "{outcome:?}"
+    );
+    tokio::time::sleep(SOON).await;
+    assert!(stage.comes_to('T').await, "it was let go");
 }

@@ -92,10 +92,16 @@ impl Driver<'_> {
             untouched: false,
             destination_is_clean,
         };
+        // It may still carry the commit, long after an operator has decided otherwise. From here on
+        // only meetings say it.
+        self.connection.close(CloseCode::LocalFailure, "");
         match self.settle(&error).await {
             Some(SourceOutcome::Moved { pid, notes }) => {
                 self.moved_late(pid, notes);
-                if let Err(error) = self.after_commit().await {
+                // Not as a job of the session: that one has ended, and would take the hook along.
+                if let Some(hook) = self.start_hook(hooks::Moment::AfterCommit)
+                    && let Ok(Err(error)) = hook.await
+                {
                     self.report.notes.push(error.to_string());
                 }
                 let note = self.close_record(true).await;

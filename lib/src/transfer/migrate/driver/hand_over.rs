@@ -183,14 +183,18 @@ impl Driver<'_> {
         self.may_stop = false;
         pause::at_point("before-commit-record").await;
         self.put_criu_to_sleep();
-        if !self.session.commit(Instant::now()) {
+        let now = Instant::now();
+        if !self.session.may_commit(now) {
             // The freeze limit has passed, or the session is over.
-            self.session.handle_timeout(Instant::now())?;
+            self.session.handle_timeout(now)?;
             return Err(MigrateError::Stopped);
         }
-        // The word waits in the session until the record is there. From then on nobody here may take it
-        // back: an operator who reads it may already have let the copy go.
+        // Where it cannot be recorded nothing was said, and the workload is still this host's. From the
+        // record on nobody here may take it back: an operator who reads it may already have let the
+        // copy go.
         self.advance(SourceState::Committed, "")?;
+        let said = self.session.commit(now);
+        debug_assert!(said, "the record took no time of the session's");
         pause::at_point("committed").await;
         self.flush();
         pause::at_point("commit-sent").await;

@@ -134,10 +134,12 @@ impl Driver<'_> {
     }
 
     /// Recorded, or else only said: what follows must happen either way.
-    fn try_advance(&self, next: SourceState, note: &str) {
-        if let Err(error) = self.advance(next, note) {
+    fn try_advance(&self, next: SourceState, note: &str) -> bool {
+        let recorded = self.advance(next, note);
+        if let Err(error) = &recorded {
             tracing::warn!("{error}");
         }
+        recorded.is_ok()
     }
 
     /// Puts the tree behind its fence while images are sent.
@@ -200,9 +202,8 @@ impl Driver<'_> {
         {
             tracing::warn!("{error}");
         }
-        if self.record.is_some() {
-            self.try_advance(SourceState::Keeping, reason);
-        }
+        // The tree runs again whether that can be recorded or not.
+        let is_keeping = self.try_advance(SourceState::Keeping, reason);
         if let Some(frozen) = self.frozen.take() {
             frozen.give_away(false);
             self.wake_criu();
@@ -226,6 +227,10 @@ impl Driver<'_> {
             Ok(notes) => {
                 for note in notes {
                     self.emit(MigrateEvent::Warning(note));
+                }
+                // A full disk may have room by now.
+                if !is_keeping {
+                    self.try_advance(SourceState::Keeping, reason);
                 }
                 self.try_advance(SourceState::Kept, "");
             }
