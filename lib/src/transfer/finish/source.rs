@@ -82,7 +82,8 @@ pub async fn finish_source(
 }
 
 /// Removes the journal of a migration that is over, and CRIU's network lock with it. False where the
-/// journal has to wait for the workload's address to leave this host. Blocks.
+/// journal has to wait: for the workload's address to leave this host, or until the lock can be
+/// removed. Blocks.
 pub fn clear_source(journal: Journal<SourceState>) -> Result<bool, FinishError> {
     let history = journal.read()?;
     if history.state() != SourceState::Over {
@@ -94,6 +95,7 @@ pub fn clear_source(journal: Journal<SourceState>) -> Result<bool, FinishError> 
         }
         if let Some(problem) = tree::remove_lock(&history.about) {
             tracing::warn!("{problem}");
+            return Ok(false);
         }
     }
     journal.remove()?;
@@ -145,8 +147,9 @@ impl<'a> Finish<'a> {
         }
         let was = |wanted| history.entries.iter().any(|entry| entry.state == wanted);
         let was_frozen = was(SourceState::Freezing);
+        let was_fenced = was(SourceState::Fencing);
         let notes = self
-            .job(move || tree::keep(&history.about, was_frozen))
+            .job(move || tree::keep(&history.about, was_frozen, was_fenced))
             .await?;
         self.notes.extend(notes);
         if !matches!(state, SourceState::Committed | SourceState::Keeping) {
