@@ -306,4 +306,74 @@ mod tests {
         child.kill().expect("ours");
         child.wait().expect("ours");
     }
+
+    #[test]
+    fn what_was_forked_since_is_woken_too() {
+        let script = "sleep 30 & echo $!; wait";
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", script])
+            .stdout(std::process::Stdio::piped());
+        let mut root = shell.spawn().expect("sh");
+        let mut line = String::new();
+        let mut said = std::io::BufReader::new(root.stdout.take().expect("piped"));
+        std::io::BufRead::read_line(&mut said, &mut line).expect("its child's pid");
+        let forked = Process::of(line.trim().parse().expect("a pid")).expect("it runs");
+        let about = SourceAbout {
+            tree: Tree::of([root.id()]),
+            ..sample_about()
+        };
+        let state = || Stat::of(forked.pid).map(|stat| stat.state);
+        assert!(signal(forked, Signal::STOP));
+        assert!(poll(KERNEL_TIME, || state() == Some('T')));
+        let stranger = Tree {
+            processes: vec![Process {
+                started: about.tree.processes[0].started + 1,
+                ..about.tree.processes[0]
+            }],
+            ..about.tree.clone()
+        };
+        assert_eq!(grown(&stranger), stranger);
+        release(&about, true, true).expect("nothing is in the way");
+        let woken = poll(KERNEL_TIME, || state() == Some('S'));
+        signal(forked, Signal::KILL);
+        root.kill().expect("ours");
+        root.wait().expect("ours");
+        assert!(woken);
+    }
+
+    #[test]
+    fn a_cgroup_that_somebody_else_froze_is_not_thawed() {
+        let cgroup = tempfile::tempdir().expect("a directory");
+        let switch = cgroup.path().join("cgroup.freeze");
+        fs::write(&switch, "1").expect("written");
+        let about = SourceAbout {
+            tree: Tree::of([std::process::id()]),
+            fence: Some(tree::Fence {
+                cgroup: cgroup.path().to_owned(),
+                version: tree::Freezer::V2,
+                made: false,
+                origins: Vec::new(),
+            }),
+            ..sample_about()
+        };
+        let frozen = || fs::read_to_string(&switch).expect("there").starts_with('1');
+        release(&about, false, false).expect("nothing to do");
+        assert!(frozen());
+        release(&about, false, true).expect("it opens");
+        assert!(!frozen());
+    }
+
+    #[test]
+    fn an_address_is_here_while_an_interface_has_it() {
+        let here = |address: &str| {
+            !has_left(&SourceAbout {
+                bound: vec![address.parse().expect("an address")],
+                ..sample_about()
+            })
+        };
+        assert!(here("127.0.0.1"));
+        assert!(!here("127.0.0.77"), "it can be bound to, and is nobody's");
+        assert!(!here("192.0.2.1"));
+    }
 }
