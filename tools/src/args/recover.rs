@@ -173,7 +173,8 @@ pub(crate) struct SafetyArgs {
     #[arg(long, value_enum, default_value_t = PartitionArg::Hold)]
     pub(crate) on_partition: PartitionArg,
 
-    /// Seconds to try to reach the destination before --on-partition
+    /// Seconds without a word from the destination before --on-partition; counted anew by a guard
+    /// or `crxfer recover` that takes over
     #[arg(long, value_name = "S", default_value = "60", value_parser = seconds)]
     pub(crate) partition_wait: Duration,
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::FinishOptions;
+use super::{FinishOptions, heard::Heard};
 use crate::handover::journal::SourceAbout;
 use crate::identity::Fingerprint;
 use crate::session::SessionError;
@@ -16,16 +16,19 @@ use crate::wire::{Answer, Message, MigrationId, Step, Verdict, limits};
 /// seconds.
 const SILENCE: Duration = Duration::from_secs(30);
 
-/// Tells the destination, and gives its answer. Fails where it cannot be reached now.
+/// Tells the destination, and gives its answer. Fails where it cannot be reached now. Every word of
+/// the destination goes to `heard`.
 pub(super) async fn meet(
     about: &SourceAbout,
     id: MigrationId,
     verdict: Verdict,
     options: &FinishOptions,
+    heard: &Heard,
 ) -> Result<Answer, FinishError> {
     let identity = Identity::load(&about.identity).map_err(TransferError::from)?;
     let (addresses, peers) = places(about, options.target.as_ref());
-    let told = tell(&addresses, &identity, &peers, (id, verdict), options).await;
+    let told = tell(&addresses, &identity, &peers, (id, verdict), options, heard).await;
+    heard.parted();
     Ok(told?)
 }
 
@@ -35,6 +38,7 @@ async fn tell(
     peers: &[Fingerprint],
     (id, verdict): (MigrationId, Verdict),
     options: &FinishOptions,
+    heard: &Heard,
 ) -> Result<Answer, TransferError> {
     let connection = transport::connect(addresses, identity, peers, &options.transport).await?;
     let _ends_with_this = EndOnDrop(connection.clone());
@@ -47,8 +51,9 @@ async fn tell(
         let bytes = next.map_err(|_| SessionError::Silent(SILENCE.as_secs()))??;
         let bytes = bytes.ok_or(TransportError::CutShort)?;
         match Message::decode(&bytes).map_err(SessionError::from)? {
-            Message::Working => {}
+            Message::Working => heard.works(),
             Message::Migration(Step::Met(answer)) => {
+                heard.answered();
                 connection.close_and_tell(CloseCode::Done, "").await;
                 return Ok(answer);
             }

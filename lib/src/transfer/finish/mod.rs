@@ -8,6 +8,7 @@ use crate::handover::JournalError;
 use crate::transport;
 
 mod destination;
+mod heard;
 mod meet;
 mod source;
 pub(super) mod tree;

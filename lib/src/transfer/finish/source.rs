@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::spawn_blocking;
 
-use super::{FinishError, FinishOptions, meet::meet, tree};
+use super::{FinishError, FinishOptions, heard::Heard, meet::meet, tree};
 use crate::handover::journal::{History, SourceAbout};
 use crate::handover::{
     Answer, Journal, Keep, Lease, OnPartition, SourceDuty, SourceState, Verdict,
@@ -70,13 +70,20 @@ pub async fn finish_source(
             SourceDuty::Nothing => Some(finish.over(&history)),
         };
         if let Some(outcome) = done {
+            if matches!(
+                outcome,
+                SourceOutcome::Kept { .. } | SourceOutcome::Moved { .. }
+            ) {
+                Heard::forget(journal.directory());
+            }
             return Ok(outcome);
         }
     }
 }
 
 /// Removes the journal of a migration that is over, and CRIU's network lock with it. False where the
-/// journal has to wait for the workload's address to leave this host. Blocks.
+/// journal has to wait: for the workload's address to leave this host, or until the lock can be
+/// removed. Blocks.
 pub fn clear_source(journal: Journal<SourceState>) -> Result<bool, FinishError> {
     let history = journal.read()?;
     if history.state() != SourceState::Over {
@@ -88,6 +95,7 @@ pub fn clear_source(journal: Journal<SourceState>) -> Result<bool, FinishError> 
         }
         if let Some(problem) = tree::remove_lock(&history.about) {
             tracing::warn!("{problem}");
+            return Ok(false);
         }
     }
     journal.remove()?;
@@ -103,6 +111,7 @@ fn has_moved(history: &History<SourceState>) -> bool {
 struct Finish<'a> {
     journal: &'a Journal<SourceState>,
     options: &'a FinishOptions,
+    heard: Heard,
     until: Instant,
     pid: u32,
     notes: Vec<String>,
@@ -116,6 +125,7 @@ impl<'a> Finish<'a> {
         Self {
             journal,
             options,
+            heard: Heard::of(journal.directory()),
             until: Instant::now() + options.patience,
             pid: 0,
             notes: Vec::new(),
@@ -137,8 +147,9 @@ impl<'a> Finish<'a> {
         }
         let was = |wanted| history.entries.iter().any(|entry| entry.state == wanted);
         let was_frozen = was(SourceState::Freezing);
+        let was_fenced = was(SourceState::Fencing);
         let notes = self
-            .job(move || tree::keep(&history.about, was_frozen))
+            .job(move || tree::keep(&history.about, was_frozen, was_fenced))
             .await?;
         self.notes.extend(notes);
         if !matches!(state, SourceState::Committed | SourceState::Keeping) {
@@ -240,10 +251,14 @@ impl<'a> Finish<'a> {
         duty: Option<SourceDuty>,
     ) -> Result<Option<Answer>, FinishError> {
         let (id, options) = (self.journal.id(), self.options);
+        let heard = self.heard.clone();
         loop {
+            // Where the one before was dropped half way.
+            heard.parted();
+            let heard = &heard;
             let meeting = async move {
                 tokio::time::sleep(pause).await;
-                meet(about, id, verdict, options).await
+                meet(about, id, verdict, options, heard).await
             };
             tokio::pin!(meeting);
             let met = loop {
@@ -274,7 +289,7 @@ impl<'a> Finish<'a> {
             return true;
         };
         if history.keep().is_none()
-            && let Some(keep) = policy(&history)
+            && let Some(keep) = policy(&history, &self.heard)
         {
             // Read again at the next look.
             let _ = self.journal.decide(keep, "--on-partition");
@@ -294,6 +309,7 @@ impl<'a> Finish<'a> {
             self.journal.id(),
             Verdict::Ask,
             self.options,
+            &self.heard,
         );
         let there = match tokio::time::timeout(ASK_TIME, asked).await {
             Ok(Ok(answer)) => answer_in_words(answer).to_owned(),
@@ -334,17 +350,14 @@ impl<'a> Finish<'a> {
 }
 
 /// What the policy decides by now.
-#[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
-fn policy(history: &History<SourceState>) -> Option<Keep> {
+fn policy(history: &History<SourceState>, heard: &Heard) -> Option<Keep> {
     let keep = match history.about.on_partition {
         OnPartition::Hold => return None,
         OnPartition::KeepSource => Keep::Source,
         OnPartition::KeepDestination => Keep::Destination,
     };
     let wait = Duration::from_millis(history.about.partition_wait_ms);
-    let passed = std::time::SystemTime::now().duration_since(history.since());
-    (history.state() == SourceState::Committed && passed.is_ok_and(|passed| passed >= wait))
-        .then_some(keep)
+    (history.state() == SourceState::Committed && heard.is_cut_off(wait)).then_some(keep)
 }
 
 #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]

@@ -9,8 +9,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::criu::network_lock;
 use crate::handover::journal::SourceAbout;
+use crate::live;
 use crate::preflight::Stat;
-use crate::tree::{self, Process, boot_id};
+use crate::tree::{self, FenceError, Process, Tree, boot_id};
 
 /// How long a CRIU that has lost its caller may take to let the tree go by itself. It does that more
 /// thoroughly than anybody else, but the tree waits.
@@ -82,17 +83,18 @@ fn end_criu(about: &SourceAbout, may_finish: bool) -> Result<(), String> {
 
 /// Makes the tree whole and lets it run. Gives what an operator should know.
 ///
-/// `was_frozen`: CRIU's dump has begun.
+/// `was_frozen`: CRIU's dump has begun. `was_fenced`: closing the fence has, too.
 pub(in crate::transfer) fn keep(
     about: &SourceAbout,
     was_frozen: bool,
+    was_fenced: bool,
 ) -> Result<Vec<String>, String> {
     let mut notes = Vec::new();
     if about.tree.boot == boot_id() {
         if was_frozen {
             end_criu(about, true)?;
         }
-        notes.extend(release(about, was_frozen)?);
+        notes.extend(release(about, was_frozen, was_fenced)?);
         if about.tree.left().is_empty() {
             notes.push("the workload has ended here meanwhile".to_owned());
         }
@@ -103,18 +105,39 @@ pub(in crate::transfer) fn keep(
     Ok(notes)
 }
 
+/// The tree with what it has forked since it was listed, as long as its root lives.
+fn grown(tree: &Tree) -> Tree {
+    let mut grown = tree.clone();
+    let root = tree.processes.first().filter(|_| tree.boot == boot_id());
+    let Some(root) = root.filter(|root| root.is_there()) else {
+        return grown;
+    };
+    let Ok(tasks) = live::tree(root.pid) else {
+        return grown;
+    };
+    for process in Tree::of(tasks.iter().map(|task| task.pid)).processes {
+        if !grown.processes.contains(&process) {
+            grown.processes.push(process);
+        }
+    }
+    // Else it may be the tree of another that has got the root's pid.
+    if root.is_there() { grown } else { tree.clone() }
+}
+
 /// Heals a tree that no CRIU has any more, opens its fence, and looks that it runs.
 pub(in crate::transfer) fn release(
     about: &SourceAbout,
     was_frozen: bool,
+    was_fenced: bool,
 ) -> Result<Vec<String>, String> {
     let mut notes = Vec::new();
+    let (run_id, foreign) = (about.run_id.as_deref(), &about.foreign_tables);
     if was_frozen {
         // Parts of a killed CRIU that are stopped would stay for ever.
         let parts = about.criu.filter(|_| about.tree.boot == boot_id());
         let parts = parts.map_or_else(Vec::new, tree::copy::helpers_of);
         tree::copy::remove(&parts);
-        let healed = tree::heal::heal(&about.tree, about.run_id.as_deref(), &about.foreign_tables);
+        let healed = tree::heal::heal(&grown(&about.tree), run_id, foreign);
         if healed.sockets > 0 {
             let sockets = healed.sockets;
             notes.push(format!("{sockets} connections were woken from CRIU's hold"));
@@ -124,16 +147,23 @@ pub(in crate::transfer) fn release(
         }
         notes.extend(healed.problems);
     }
-    if let Some(fence) = &about.fence {
-        let opened = fence.open(&about.tree);
-        opened.map_err(|error| format!("the fence around the workload does not open: {error}"))?;
+    // A cgroup that the tree had before may have been frozen by somebody else, who will thaw it.
+    let fence = about.fence.as_ref();
+    if let Some(fence) = fence.filter(|fence| was_fenced || fence.made) {
+        match fence.open(&about.tree) {
+            // It runs; where it is counted is not worth another round.
+            Err(note @ FenceError::Inside { .. }) => notes.push(note.to_string()),
+            opened => opened
+                .map_err(|error| format!("the fence around the workload does not open: {error}"))?,
+        }
         if was_frozen {
             // What was stopped behind it can be seen, and woken, only now.
-            tree::heal::heal(&about.tree, about.run_id.as_deref(), &about.foreign_tables);
+            tree::heal::heal(&grown(&about.tree), run_id, foreign);
         }
     }
+    let tree = grown(&about.tree);
     let held = || {
-        let left = about.tree.left().into_iter();
+        let left = tree.left().into_iter();
         left.filter(|process| Stat::of(process.pid).is_some_and(|stat| stat.state == 't'))
             .map(|process| process.pid)
             .collect::<Vec<_>>()
@@ -191,10 +221,30 @@ fn remove_images(about: &SourceAbout) {
     let _ = fs::remove_dir_all(&about.work);
 }
 
-/// Whether the source's network lock may go: no packet for the workload comes here any more.
+/// Whether the source's network lock may go: no packet for the workload comes here any more, or
+/// nothing of it is kept silent.
 pub(in crate::transfer) fn has_left(about: &SourceAbout) -> bool {
-    let is_here = |address: &std::net::IpAddr| std::net::UdpSocket::bind((*address, 0)).is_ok();
-    !about.bound.iter().any(is_here)
+    if about.bound.is_empty() || !keeps_silent(about) {
+        return true;
+    }
+    // Not by trying to bind to them: ip_nonlocal_bind allows that for any.
+    let Ok(interfaces) = if_addrs::get_if_addrs() else {
+        return false;
+    };
+    let mut here = interfaces.iter().map(if_addrs::Interface::ip);
+    !here.any(|address| about.bound.contains(&address))
+}
+
+// Where it cannot be seen it may.
+fn keeps_silent(about: &SourceAbout) -> bool {
+    let Some(Ok(table)) = about.run_id.as_deref().map(network_lock::nftables_table) else {
+        return true;
+    };
+    match network_lock::nftables_locks() {
+        Ok(tables) if !tables.contains(&table) => false,
+        Ok(_) => network_lock::silenced_by(&table).map_or(true, |silenced| !silenced.is_nothing()),
+        Err(_) => true,
+    }
 }
 
 /// Removes the network lock of a workload that has moved. What cannot be removed is said.
@@ -251,9 +301,79 @@ mod tests {
         };
         about.tree.boot = "another".to_owned();
         end(&about).expect("nothing to end");
-        keep(&about, true).expect("nothing to keep");
+        keep(&about, true, true).expect("nothing to keep");
         assert!(child.try_wait().expect("ours").is_none(), "it was killed");
         child.kill().expect("ours");
         child.wait().expect("ours");
+    }
+
+    #[test]
+    fn what_was_forked_since_is_woken_too() {
+        let script = "sleep 30 & echo $!; wait";
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", script])
+            .stdout(std::process::Stdio::piped());
+        let mut root = shell.spawn().expect("sh");
+        let mut line = String::new();
+        let mut said = std::io::BufReader::new(root.stdout.take().expect("piped"));
+        std::io::BufRead::read_line(&mut said, &mut line).expect("its child's pid");
+        let forked = Process::of(line.trim().parse().expect("a pid")).expect("it runs");
+        let about = SourceAbout {
+            tree: Tree::of([root.id()]),
+            ..sample_about()
+        };
+        let state = || Stat::of(forked.pid).map(|stat| stat.state);
+        assert!(signal(forked, Signal::STOP));
+        assert!(poll(KERNEL_TIME, || state() == Some('T')));
+        let stranger = Tree {
+            processes: vec![Process {
+                started: about.tree.processes[0].started + 1,
+                ..about.tree.processes[0]
+            }],
+            ..about.tree.clone()
+        };
+        assert_eq!(grown(&stranger), stranger);
+        release(&about, true, true).expect("nothing is in the way");
+        let woken = poll(KERNEL_TIME, || state() == Some('S'));
+        signal(forked, Signal::KILL);
+        root.kill().expect("ours");
+        root.wait().expect("ours");
+        assert!(woken);
+    }
+
+    #[test]
+    fn a_cgroup_that_somebody_else_froze_is_not_thawed() {
+        let cgroup = tempfile::tempdir().expect("a directory");
+        let switch = cgroup.path().join("cgroup.freeze");
+        fs::write(&switch, "1").expect("written");
+        let about = SourceAbout {
+            tree: Tree::of([std::process::id()]),
+            fence: Some(tree::Fence {
+                cgroup: cgroup.path().to_owned(),
+                version: tree::Freezer::V2,
+                made: false,
+                origins: Vec::new(),
+            }),
+            ..sample_about()
+        };
+        let frozen = || fs::read_to_string(&switch).expect("there").starts_with('1');
+        release(&about, false, false).expect("nothing to do");
+        assert!(frozen());
+        release(&about, false, true).expect("it opens");
+        assert!(!frozen());
+    }
+
+    #[test]
+    fn an_address_is_here_while_an_interface_has_it() {
+        let here = |address: &str| {
+            !has_left(&SourceAbout {
+                bound: vec![address.parse().expect("an address")],
+                ..sample_about()
+            })
+        };
+        assert!(here("127.0.0.1"));
+        assert!(!here("127.0.0.77"), "it can be bound to, and is nobody's");
+        assert!(!here("192.0.2.1"));
     }
 }

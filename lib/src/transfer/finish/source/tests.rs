@@ -8,7 +8,7 @@ use crate::wire::MigrationId;
 
 /// A journal whose destination cannot be reached, and a tree of one process.
 struct Stage {
-    _state: Option<tempfile::TempDir>,
+    state: Option<tempfile::TempDir>,
     journal: Journal<SourceState>,
     lease: Lease,
     child: Child,
@@ -26,7 +26,7 @@ impl Stage {
     fn new(change: impl FnOnce(&mut SourceAbout)) -> Self {
         let state = tempfile::tempdir().expect("a directory");
         let mut stage = Self::below(state.path(), change);
-        stage._state = Some(state);
+        stage.state = Some(state);
         stage
     }
 
@@ -48,7 +48,7 @@ impl Stage {
         let (journal, lease) =
             Journal::create(state, MigrationId([7; 16]), about).expect("a journal");
         Self {
-            _state: None,
+            state: None,
             journal,
             lease,
             child,
@@ -304,4 +304,24 @@ async fn on_a_full_disk_what_was_committed_stays_held() {
     );
     tokio::time::sleep(SOON).await;
     assert!(stage.comes_to('T').await, "it was let go");
+}
+
+#[test]
+fn the_journal_stays_while_the_network_lock_cannot_be_removed() {
+    let stage = Stage::new(|about| {
+        about.bound = vec!["192.0.2.1".parse().expect("an address")];
+        // No table can have that name.
+        about.run_id = Some("no id".to_owned());
+    })
+    .at(&TO_COMMIT)
+    .at(&[SourceState::Moved, SourceState::Over]);
+    let root = stage.state.as_ref().expect("its own").path();
+    let open = || Journal::open(root, stage.journal.id()).expect("readable");
+    assert_eq!(clear_source(open().expect("there")).ok(), Some(false));
+    let journal = open().expect("it stays");
+    let mut about = journal.read().expect("readable").about;
+    about.bound.clear();
+    journal.note(about).expect("recorded");
+    assert_eq!(clear_source(journal).ok(), Some(true));
+    assert!(open().is_none());
 }

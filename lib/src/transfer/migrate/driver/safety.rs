@@ -77,7 +77,8 @@ impl Driver<'_> {
         let foreign_tables = spawn_blocking(move || tree::heal::lock_tables(pid));
         let foreign_tables = self.job(foreign_tables).await?;
         let facts = &self.survey.facts;
-        let is_locked = facts.tree.connections > 0 && !facts.tree.own_net_namespace;
+        // Connections may come until the freeze: those of the survey say nothing about the lock.
+        let may_be_locked = facts.tree.inet_sockets && !facts.tree.own_net_namespace;
         let about = SourceAbout {
             name: self.name.clone(),
             tree,
@@ -92,7 +93,7 @@ impl Driver<'_> {
             on_partition: options.on_partition,
             partition_wait_ms: u64::try_from(options.partition_wait.as_millis())
                 .unwrap_or(u64::MAX),
-            bound: if is_locked {
+            bound: if may_be_locked {
                 facts.addresses()
             } else {
                 Vec::new()
@@ -222,7 +223,12 @@ impl Driver<'_> {
         };
         let criu_died = self.criu_end == Some(CriuEnd::Died);
         let about = record.about();
-        let releasing = spawn_blocking(move || hands::release(&about, criu_died));
+        let history = record.journal().read();
+        let was_fenced = history.map_or(true, |history| {
+            let mut entries = history.entries.iter();
+            entries.any(|entry| entry.state == SourceState::Fencing)
+        });
+        let releasing = spawn_blocking(move || hands::release(&about, criu_died, was_fenced));
         match releasing.await.expect("releasing does not panic") {
             Ok(notes) => {
                 for note in notes {
