@@ -71,6 +71,9 @@ pub struct DestinationAbout {
     /// The hook address-announce has run well.
     #[serde(default)]
     pub announced: bool,
+    /// The source has heard that the copy runs.
+    #[serde(default)]
+    pub heard: bool,
 }
 
 /// Bytes as hexadecimal digits.

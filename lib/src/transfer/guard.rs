@@ -14,8 +14,8 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::finish::{
-    DestinationOutcome, FinishOptions, SourceOutcome, clear_source, finish_destination,
-    finish_source,
+    DestinationOutcome, FinishError, FinishOptions, SourceOutcome, clear_source,
+    finish_destination, finish_source,
 };
 use super::pause;
 use super::recv::stand_in::{self, StandIn};
@@ -47,7 +47,7 @@ const END_TIME: Duration = Duration::from_secs(1);
 const BUSY_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How long a copy that runs is answered for to a source that has not heard so.
-const ANSWER_TIME: Duration = Duration::from_secs(24 * 60 * 60);
+const ANSWER_TIME: Duration = Duration::from_secs(5 * 60);
 
 /// Between attempts at what fails.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -352,15 +352,17 @@ impl Guarded for DestinationState {
         at_work: Duration,
         answers: &dyn Fn() -> bool,
     ) -> Result<Round, String> {
-        let finishing =
-            tokio::task::spawn_blocking(move || finish_destination(&journal, &lease, Verdict::Ask));
-        let outcome = finishing.await.map_err(|error| error.to_string())?;
-        let outcome = outcome.map_err(|error| error.to_string())?;
+        let finishing = tokio::task::spawn_blocking(move || {
+            let outcome = finish_destination(&journal, &lease, Verdict::Ask)?;
+            Ok((outcome, journal.read()?.about.heard))
+        });
+        let finished = finishing.await.map_err(|error| error.to_string())?;
+        let (outcome, heard) = finished.map_err(|error: FinishError| error.to_string())?;
         let text = format!("{outcome:?}");
         Ok(match outcome {
             DestinationOutcome::Held { .. } => Round::Again(text),
             // Its source may hold its tree until it has heard that: nobody else answers here.
-            DestinationOutcome::Running { .. } if at_work < ANSWER_TIME && answers() => {
+            DestinationOutcome::Running { .. } if !heard && at_work < ANSWER_TIME && answers() => {
                 Round::Again(text)
             }
             _ => Round::Settled(text),

@@ -107,11 +107,16 @@ fn has_moved(history: &History<SourceState>) -> bool {
     entries.any(|entry| entry.state == SourceState::Moved)
 }
 
+/// How long to try to tell a destination what it does not have to know.
+const COURTESY: Duration = Duration::from_secs(3);
+
 /// What finishing one migration needs and learns.
 struct Finish<'a> {
     journal: &'a Journal<SourceState>,
     options: &'a FinishOptions,
     heard: Heard,
+    // The destination has answered here.
+    has_met: bool,
     until: Instant,
     pid: u32,
     notes: Vec<String>,
@@ -126,6 +131,7 @@ impl<'a> Finish<'a> {
             journal,
             options,
             heard: Heard::of(journal.directory()),
+            has_met: false,
             until: Instant::now() + options.patience,
             pid: 0,
             notes: Vec::new(),
@@ -163,8 +169,15 @@ impl<'a> Finish<'a> {
         &mut self,
         history: History<SourceState>,
     ) -> Result<Option<SourceOutcome>, FinishError> {
+        let about = history.about.clone();
         self.job(move || tree::end(&history.about)).await?;
         self.journal.advance(SourceState::Over, "")?;
+        if !self.has_met {
+            // So that nobody there waits for this host. Nothing hangs on it.
+            let (id, options) = (self.journal.id(), self.options);
+            let meeting = meet(&about, id, Verdict::Commit, options, &self.heard);
+            let _ = tokio::time::timeout(COURTESY, meeting).await;
+        }
         Ok(None)
     }
 
@@ -196,6 +209,7 @@ impl<'a> Finish<'a> {
                     reason: self.reason.clone(),
                 }));
             };
+            self.has_met = true;
             if let Answer::Runs { pid } = answer {
                 self.pid = pid;
             }

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::Shared;
+use crate::handover::journal::DestinationAbout;
 use crate::handover::{DestinationState, Journal};
 use crate::identity::Fingerprint;
 use crate::transfer::TransferError;
@@ -94,7 +95,7 @@ pub(super) async fn serve(
     verdict: Verdict,
 ) -> Result<(), TransferError> {
     let answering = tokio::spawn(answer(shared.clone(), connection.peer(), id, verdict));
-    tell(connection, control, answering).await
+    tell(connection, control, answering, &shared.state, id).await
 }
 
 /// Sends the answer when it is there; says that it is worked on until then.
@@ -102,6 +103,8 @@ pub(super) async fn tell(
     connection: &Connection,
     control: &mut ControlSender,
     mut answering: JoinHandle<Answer>,
+    state: &Path,
+    id: MigrationId,
 ) -> Result<(), TransferError> {
     let mut working = tokio::time::interval(WORKING);
     working.tick().await;
@@ -111,12 +114,32 @@ pub(super) async fn tell(
             _ = working.tick() => control.write_message(&Message::Working.encode()).await?,
         }
     };
-    let answer = Message::Migration(Step::Met(answer));
-    control.write_message(&answer.encode()).await?;
+    let met = Message::Migration(Step::Met(answer));
+    control.write_message(&met.encode()).await?;
     let _ = control.finish();
     // The source closes when it has read that.
-    let _ = tokio::time::timeout(FAREWELL, connection.closed()).await;
+    let closed = tokio::time::timeout(FAREWELL, connection.closed()).await;
+    if closed.is_ok() && matches!(answer, Answer::Runs { .. }) {
+        note_heard(state, id);
+    }
     Ok(())
+}
+
+// Nobody has to wait here for that source any more. An answer for one that asks again stays.
+fn note_heard(state: &Path, id: MigrationId) {
+    let noted = Journal::<DestinationState>::open(state, id).and_then(|journal| {
+        let Some(journal) = journal else {
+            return Ok(());
+        };
+        let about = DestinationAbout {
+            heard: true,
+            ..journal.read()?.about
+        };
+        journal.note_quickly(about)
+    });
+    if let Err(error) = noted {
+        tracing::warn!("migration {id}: {error}");
+    }
 }
 
 async fn answer(

@@ -49,6 +49,7 @@ impl Record {
             criu: None,
             pid: None,
             announced: false,
+            heard: false,
         };
         let (journal, lease) = Journal::create(&shared.state, offer.id, about.clone())?;
         Ok(Self(Arc::new(Mutex::new(Inner {

@@ -181,12 +181,10 @@ async fn hear(connection: &Connection, state: &Path) {
         .flatten()
         .and_then(|it| Message::decode(&it).ok());
     if let Some(Message::Migration(Step::Meet { id, verdict })) = first {
-        let state = state.to_owned();
-        let peer = connection.peer();
+        let (own, peer) = (state.to_owned(), connection.peer());
         // What it brings to life is in the journal.
-        let answer =
-            spawn_blocking(move || meeting::finish(&state, peer, id, verdict, |_, _, _| ()));
-        let _ = meeting::tell(connection, &mut control, answer).await;
+        let answer = spawn_blocking(move || meeting::finish(&own, peer, id, verdict, |_, _, _| ()));
+        let _ = meeting::tell(connection, &mut control, answer, state, id).await;
         return;
     }
     let reason = "the receiver here has died; start `crxfer recv` again";

@@ -197,10 +197,10 @@ pub(super) fn is_anything(shared: &Shared) -> bool {
             .and_then(|journal| journal.read().ok());
         state.is_none_or(|history| {
             // One that runs: its source has not heard so, and may hold its tree until it has.
-            !matches!(
-                history.state(),
-                DestinationState::Removed | DestinationState::Over
-            )
+            match history.state() {
+                DestinationState::Running => !history.about.heard,
+                state => !matches!(state, DestinationState::Removed | DestinationState::Over),
+            }
         })
     };
     !shared.meetings.is_empty() || known(&shared.state).into_iter().any(is_open)

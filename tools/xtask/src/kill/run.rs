@@ -39,6 +39,8 @@ pub(super) struct Passed {
     pub(super) struck: bool,
     /// What it had told last when it was struck.
     pub(super) told: String,
+    /// Connections that the death of a CRIU broke.
+    pub(super) broke: usize,
     /// The longest time in which clients got no answer.
     pub(super) standstill: Duration,
 }
@@ -107,7 +109,8 @@ impl Known {
         let copy = verdict::only_copy(ground).map_err(|error| explained(error, ground))?;
         verdict::whole(ground, copy).map_err(|error| explained(error, ground))?;
         verdict::lead_clients(ground, plan, copy, diary)?;
-        verdict::clients(ground, copy, diary.begin())?;
+        let may_break = struck && plan.fault.kills_criu();
+        let broke = verdict::clients(ground, copy, diary.begin(), may_break)?;
         // Where the address was withdrawn only now, the lock goes now.
         settle::recover(ground, diary)?;
         receiver.stop().context("crxfer recv does not end")?;
@@ -123,6 +126,7 @@ impl Known {
             code,
             struck,
             told,
+            broke,
             standstill,
         })
     }
@@ -195,7 +199,7 @@ fn undisturbed(ground: &mut Ground, log: &Path) -> Result<Moving> {
     let copy = verdict::only_copy(ground)?;
     ensure!(copy == destination, "it is still on {copy:?}");
     verdict::whole(ground, copy)?;
-    verdict::clients(ground, copy, begin)?;
+    verdict::clients(ground, copy, begin, false)?;
     receiver.stop().context("crxfer recv does not end")?;
     ground.at = copy;
     Ok(moving)

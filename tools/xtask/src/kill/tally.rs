@@ -36,8 +36,12 @@ impl Ended {
                     true => format!("after {:?}", passed.told),
                     false => "missed".to_owned(),
                 };
+                let broke = match passed.broke {
+                    0 => String::new(),
+                    some => format!("{some} CONNECTIONS BROKE, "),
+                };
                 format!(
-                    "  ok      seed {seed}: {plan}: {place}, {code}, {when}, no answer for {} ms, {} ms",
+                    "  ok      seed {seed}: {plan}: {place}, {code}, {when}, {broke}no answer for {} ms, {} ms",
                     passed.standstill.as_millis(),
                     self.ms
                 )
@@ -67,10 +71,21 @@ struct Count {
 pub(super) struct Tally {
     counts: BTreeMap<String, BTreeMap<&'static str, Count>>,
     failed: Vec<u64>,
+    criu_killed: u32,
+    broke: Vec<u64>,
 }
 
 impl Tally {
     pub(super) fn note(&mut self, plan: &Plan, ended: Ended) {
+        if let Ok(passed) = &ended.outcome
+            && passed.struck
+            && plan.fault.kills_criu()
+        {
+            self.criu_killed += 1;
+            if passed.broke > 0 {
+                self.broke.push(plan.seed);
+            }
+        }
         let kind = self.counts.entry(plan.fault.kind()).or_default();
         let count = kind.entry(plan.moment.name()).or_default();
         match ended.outcome {
@@ -114,7 +129,13 @@ impl fmt::Display for Tally {
             }
             writeln!(f)?;
         }
-        Ok(())
+        writeln!(
+            f,
+            "CRIU killed in {} runs; connections broke by that in {} of them: {:?}",
+            self.criu_killed,
+            self.broke.len(),
+            self.broke
+        )
     }
 }
 
