@@ -362,7 +362,9 @@ impl Guarded for DestinationState {
         Ok(match outcome {
             DestinationOutcome::Held { .. } => Round::Again(text),
             // Its source may hold its tree until it has heard that: nobody else answers here.
-            DestinationOutcome::Running { .. } if !heard && at_work < ANSWER_TIME && answers() => {
+            DestinationOutcome::Running { pid: 1.., .. }
+                if !heard && at_work < ANSWER_TIME && answers() =>
+            {
                 Round::Again(text)
             }
             _ => Round::Settled(text),

@@ -115,7 +115,7 @@ fn reason_of(verdict: Verdict, history: &History<DestinationState>) -> &'static 
 }
 
 /// The root process of a copy that runs; 0 where it has ended.
-fn running_pid(about: &DestinationAbout) -> u32 {
+pub(in crate::transfer) fn running_pid(about: &DestinationAbout) -> u32 {
     let pid = about.pid.filter(|_| about.boot == boot_id());
     let began = about.criu.map_or(0, |criu| criu.started);
     let there = pid.and_then(Process::of);

@@ -13,7 +13,9 @@ mod meet;
 mod source;
 pub(super) mod tree;
 
-pub(in crate::transfer) use destination::{Alive, bring_to_life, clear, record_running};
+pub(in crate::transfer) use destination::{
+    Alive, bring_to_life, clear, record_running, running_pid,
+};
 pub use destination::{DestinationOutcome, finish_destination};
 pub use source::{SourceOutcome, clear_source, finish_source};
 

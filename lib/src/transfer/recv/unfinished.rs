@@ -14,7 +14,7 @@ use crate::standby;
 use crate::store::{Store, Tried as _};
 use crate::transfer::TransferError;
 use crate::transfer::event::Event;
-use crate::transfer::finish::{DestinationOutcome, finish_destination};
+use crate::transfer::finish::{DestinationOutcome, finish_destination, running_pid};
 use crate::wire::MigrationId;
 
 /// How long an answer is kept for a source that may still ask.
@@ -198,7 +198,9 @@ pub(super) fn is_anything(shared: &Shared) -> bool {
         state.is_none_or(|history| {
             // One that runs: its source has not heard so, and may hold its tree until it has.
             match history.state() {
-                DestinationState::Running => !history.about.heard,
+                DestinationState::Running => {
+                    !history.about.heard && running_pid(&history.about) > 0
+                }
                 state => !matches!(state, DestinationState::Removed | DestinationState::Over),
             }
         })
