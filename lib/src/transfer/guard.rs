@@ -187,10 +187,15 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
         if S::stand_in(&mut place, state, parent).await {
             quiet = 0;
         }
-        let listed = Journal::<S>::list(state).unwrap_or_else(|error| {
+        let mut listed = Journal::<S>::list(state).unwrap_or_else(|error| {
             say(&error.to_string());
             quiet = 0;
             Vec::new()
+        });
+        // A tree that stands still comes before anybody's tidiness, which may wait for another host.
+        listed.sort_by_cached_key(|id| {
+            let journal = Journal::<S>::open(state, *id).ok().flatten();
+            !journal.is_some_and(|journal| journal.read().is_ok_and(|it| S::is_urgent(it.state())))
         });
         for id in listed {
             if settled.contains(&id) {
@@ -204,7 +209,6 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
                 quiet = 0;
                 continue;
             }
-            // A tree that stands still comes before anybody's tidiness.
             if journal.read().is_err() {
                 settled.push(id);
                 say(&format!("{id}: its record cannot be read: crxfer recover"));
@@ -282,6 +286,9 @@ trait Guarded: State {
         state.is_ok_and(|state| state != Self::LAST)
     }
 
+    /// Whether a workload may be standing still.
+    fn is_urgent(state: Self) -> bool;
+
     /// Answers the other hosts in the place of `parent`; true while one is being answered.
     async fn stand_in(_place: &mut Option<StandIn>, _state: &Path, _parent: u32) -> bool {
         false
@@ -297,6 +304,11 @@ trait Guarded: State {
 }
 
 impl Guarded for SourceState {
+    fn is_urgent(state: Self) -> bool {
+        // A tree that was given away waits for the other host, one that was kept runs.
+        !matches!(state, Self::Committed | Self::Kept | Self::Over)
+    }
+
     async fn finish(
         journal: Journal<Self>,
         lease: Lease,
@@ -333,6 +345,10 @@ impl Guarded for SourceState {
 }
 
 impl Guarded for DestinationState {
+    fn is_urgent(state: Self) -> bool {
+        state == Self::Resuming
+    }
+
     async fn stand_in(place: &mut Option<StandIn>, state: &Path, parent: u32) -> bool {
         if !StandIn::is_wanted(state, parent) {
             if let Some(left) = place.take() {

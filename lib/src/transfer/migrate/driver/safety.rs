@@ -100,8 +100,11 @@ impl Driver<'_> {
             },
         };
         let (journal, lease) = Journal::create(&state, self.id, about.clone())?;
-        let key = options.identity.save(&about.identity);
-        key.map_err(crate::transfer::TransferError::from)?;
+        if let Err(error) = options.identity.save(&about.identity) {
+            // Nothing has been touched: no record of it either.
+            journal.remove()?;
+            return Err(crate::transfer::TransferError::from(error).into());
+        }
         if let Some(program) = &options.guard {
             let log = journal.directory().join("guard.log");
             match Guard::start(program, GuardSide::Source, &state, &log) {
