@@ -36,8 +36,8 @@
 //!
 //! What it does **not** do: dump or restore by itself (CRIU does), follow symbolic links out of an image
 //! directory, move the files that a program has open, or keep images secret once they are on a disk. A
-//! migration does not yet survive the crash of the program that drives it in the moment of the hand-over.
-//! A restored image is code that runs: take images only from hosts that you trust with that, and trees
+//! program that drives migrations and has no guard ([`transfer::guard`]) leaves what it was at to
+//! [`transfer::finish`] when it dies. A restored image is code that runs: take images only from hosts that you trust with that, and trees
 //! (`ReceiveOptions::restore`) from nobody whom you would not make root.
 //!
 //! # Example
