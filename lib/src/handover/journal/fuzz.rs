@@ -41,7 +41,7 @@ fn check<S: State>(bytes: &[u8]) {
 /// Journals of both sides, for the corpus.
 pub(crate) fn journal_seeds() -> Vec<Vec<u8>> {
     let source = r#"{"about":{"name":"web","tree":{"boot":"b","processes":[{"pid":7,"started":9}]},"addresses":["10.0.0.2:4433"],"peer":"k","identity":"/i","work":"/w","run_id":null,"foreign_tables":[],"criu":null,"fence":null,"on_partition":"hold","bound":["10.0.0.1"]}}"#;
-    let destination = r#"{"about":{"name":"web","peer":"k","address":"10.0.0.1:9","place":"/p","facts":[1],"options":{"tcp_established":true,"shell_job":false,"file_locks":false,"link_remap":false,"ext_unix_sk":false,"tcp_close":false,"external":[],"manage_cgroups":""},"program":"/criu","config_file":null,"hooks":[],"hook_limit_ms":1,"boot":"b","criu":null,"pid":7}}"#;
+    let destination = r#"{"about":{"name":"web","peer":"k","address":"10.0.0.1:9","place":"/p","facts":"01","options":{"tcp_established":true,"shell_job":false,"file_locks":false,"link_remap":false,"ext_unix_sk":false,"tcp_close":false,"external":[],"manage_cgroups":""},"program":"/criu","config_file":null,"hooks":[],"hook_limit_ms":1,"boot":"b","criu":null,"pid":7}}"#;
     let text = |json: &str| format!("{} {json}\n", checksum(json));
     let state = |state: &str| {
         text(&format!(

@@ -111,7 +111,11 @@ fn what_a_destination_does_alone() {
             [Resume, Remove, Resume],
             [Remove, Remove, Remove],
         ],
-        [[Resume, GiveBack, Resume]; 3],
+        [
+            [Resume, GiveBack, Resume],
+            [Resume, GiveBack, Resume],
+            [GiveBack; 3],
+        ],
         [[RUN; 3], [RUN; 3], [RUN, Remove, RUN]],
         [[Remove; 3]; 3],
         [[Tell(Answer::Removed); 3]; 3],

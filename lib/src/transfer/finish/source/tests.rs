@@ -247,10 +247,12 @@ impl SmallDisk {
         let length = || std::fs::metadata(&file).expect("there").len();
         let mut about = journal.read().expect("readable").about;
         let before = length();
+        // Only what is new is written: the same line once more is as much longer as the name.
+        about.name.push('x');
         journal.note(about.clone()).expect("there is room");
         let line = length() - before;
         let short = PAGE - (length() + line) % PAGE;
-        about.name += &"x".repeat(usize::try_from(short).expect("below a page"));
+        about.name += &"x".repeat(usize::try_from(short).expect("at most a page"));
         journal.note(about).expect("there is room");
         assert_eq!(length() % PAGE, 0, "its last page is full");
         let filled = std::fs::write(self.filler(), vec![0; 1 << 20]);
