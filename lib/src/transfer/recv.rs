@@ -112,6 +112,8 @@ impl Receiver {
         let store = Store::open(&options.directory)?;
         if options.restore.is_some() {
             orphans::adopt();
+            // Also those of copies that are not wanted: CRIU kills them, and they are ours then.
+            orphans::reap();
         }
         let lock = store.serve()?;
         let identity = match options.identity.clone() {
