@@ -68,6 +68,9 @@ pub struct DestinationAbout {
     pub criu: Option<Process>,
     /// Root process of the copy, once it is known.
     pub pid: Option<u32>,
+    /// The same, told from a later process with its number, once the copy runs.
+    #[serde(default)]
+    pub root: Option<Process>,
     /// The hook address-announce has run well.
     #[serde(default)]
     pub announced: bool,

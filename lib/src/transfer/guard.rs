@@ -47,7 +47,7 @@ const END_TIME: Duration = Duration::from_secs(1);
 const BUSY_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How long a copy that runs is answered for to a source that has not heard so.
-const ANSWER_TIME: Duration = Duration::from_secs(5 * 60);
+const ANSWER_TIME: Duration = Duration::from_secs(30);
 
 /// Between attempts at what fails.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);

@@ -116,11 +116,9 @@ fn reason_of(verdict: Verdict, history: &History<DestinationState>) -> &'static 
 
 /// The root process of a copy that runs; 0 where it has ended.
 pub(in crate::transfer) fn running_pid(about: &DestinationAbout) -> u32 {
-    let pid = about.pid.filter(|_| about.boot == boot_id());
-    let began = about.criu.map_or(0, |criu| criu.started);
-    let there = pid.and_then(Process::of);
-    let there = there.filter(|process| process.started >= began);
-    there.map_or(0, |process| process.pid)
+    let root = about.root.filter(|_| about.boot == boot_id());
+    let there = root.filter(Process::is_there);
+    there.map_or(0, |root| root.pid)
 }
 
 fn left(journal: &Journal<DestinationState>, what: String) -> FinishError {
@@ -206,6 +204,7 @@ pub(in crate::transfer) fn record_running(
 ) -> Result<(), crate::handover::JournalError> {
     let about = DestinationAbout {
         pid: Some(pid),
+        root: Process::of(pid),
         boot: boot_id(),
         ..journal.read()?.about
     };

@@ -48,6 +48,7 @@ impl Record {
             boot: boot_id(),
             criu: None,
             pid: None,
+            root: None,
             announced: false,
             heard: false,
         };
@@ -88,6 +89,7 @@ impl Record {
     pub(super) fn running(&self, pid: u32) -> Result<(), JournalError> {
         let mut inner = self.inner();
         inner.about.pid = Some(pid);
+        inner.about.root = Process::of(pid);
         record_running(&inner.journal, pid)
     }
 

@@ -17,7 +17,7 @@ use crate::hosts::{Host, Side};
 use crate::run;
 
 /// How long what is about to end may take to be gone.
-const GONE_WITHIN: Duration = Duration::from_secs(4);
+const GONE_WITHIN: Duration = Duration::from_secs(40);
 
 /// Where the kernel's freezers are, of either kind.
 const CGROUPS: &str = "/sys/fs/cgroup";
