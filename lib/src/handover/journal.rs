@@ -366,21 +366,23 @@ impl<S: State> Journal<S> {
         self.append(&decided, Sync::Durable)
     }
 
-    /// Replaces the header by one that knows more.
-    pub fn note(&self, about: S::About) -> Result<(), JournalError> {
-        self.replace(about, Sync::Durable)
+    /// Lets the header know more. `change` gets it as it is now: what another process has noted stays.
+    pub fn note(&self, change: impl FnOnce(&mut S::About)) -> Result<(), JournalError> {
+        self.learn(change, Sync::Durable)
     }
 
     /// As [`note`](Self::note), without waiting for the disk: for what does not outlive this boot, such
     /// as processes.
-    pub fn note_quickly(&self, about: S::About) -> Result<(), JournalError> {
-        self.replace(about, Sync::Quick)
+    pub fn note_quickly(&self, change: impl FnOnce(&mut S::About)) -> Result<(), JournalError> {
+        self.learn(change, Sync::Quick)
     }
 
-    fn replace(&self, about: S::About, sync: Sync) -> Result<(), JournalError> {
+    fn learn(&self, change: impl FnOnce(&mut S::About), sync: Sync) -> Result<(), JournalError> {
         let _locked = self.locked()?;
+        let mut about = self.settled()?.about;
         // Only what is new: a header may be long, and is noted often.
-        let known = fields(&self.settled()?.about);
+        let known = fields(&about);
+        change(&mut about);
         let mut learned = fields(&about);
         learned.retain(|name, value| known.get(name) != Some(value));
         if learned.is_empty() {

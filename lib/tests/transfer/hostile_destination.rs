@@ -377,12 +377,11 @@ fn fill(state: &Path) {
     let file = journal.directory().join("journal");
     let length = || fs::metadata(&file).unwrap().len();
     // Only what is new is written: the same line once more is as much longer as the name.
-    let (mut about, before) = (journal.read().unwrap().about, length());
-    about.name.push('x');
-    journal.note(about.clone()).unwrap();
+    let before = length();
+    journal.note(|about| about.name.push('x')).unwrap();
     let short = PAGE - (2 * length() - before) % PAGE;
-    about.name += &"x".repeat(usize::try_from(short).unwrap());
-    journal.note(about).unwrap();
+    let more = "x".repeat(usize::try_from(short).unwrap());
+    journal.note(|about| about.name += &more).unwrap();
     assert_eq!(length() % PAGE, 0, "its last page is full");
     fs::write(state.join("filler"), vec![0; 1 << 20]).unwrap_err();
 }

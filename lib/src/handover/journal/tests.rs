@@ -48,10 +48,25 @@ fn states(journal: &Source) -> Vec<SourceState> {
 }
 
 #[test]
+fn what_two_processes_note_both_stays() {
+    let (_root, journal, _lease) = begun();
+    let other = again(&journal);
+    let mut seen = journal.read().unwrap().about;
+    other.note(|about| about.run_id = Some("7".into())).unwrap();
+    journal
+        .note(|about| about.foreign_tables.push("t".into()))
+        .unwrap();
+    let found = other.read().unwrap().about;
+    seen.run_id = Some("7".into());
+    seen.foreign_tables.push("t".into());
+    assert_eq!(found, seen);
+}
+
+#[test]
 fn what_is_recorded_is_read_by_another_process() {
     let (_root, journal, _lease) = begun();
     journal.advance(SourceState::Freezing, "because").unwrap();
-    journal.note(about("renamed")).unwrap();
+    journal.note(|it| *it = about("renamed")).unwrap();
     journal.decide(Keep::Destination, "policy").unwrap();
     journal.decide(Keep::Source, "root").unwrap();
     let history = again(&journal).read().unwrap();

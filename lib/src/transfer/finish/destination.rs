@@ -62,11 +62,7 @@ pub fn finish_destination(
             clear(about).map_err(|what| left(journal, what))?;
             if about.criu.is_some() {
                 // No restore is under way any more: whoever looks next need not wait for one.
-                let about = DestinationAbout {
-                    criu: None,
-                    ..about.clone()
-                };
-                journal.note_quickly(about)?;
+                journal.note_quickly(|about| about.criu = None)?;
             }
             Ok(DestinationOutcome::Held {
                 place: about.place.join(standby::FINAL),
@@ -85,7 +81,7 @@ pub fn finish_destination(
             }
             if !about.announced {
                 notes.extend(announce(about, &hooks_of(about)?, pid));
-                note_announced(journal)?;
+                journal.note_quickly(|about| about.announced = true)?;
             }
             Ok(DestinationOutcome::Running { pid, notes })
         }
@@ -177,17 +173,15 @@ fn resume(
     }
     let about = &history.about;
     let note_criu = |criu| {
-        let about = DestinationAbout {
-            criu: Some(criu),
-            boot: boot_id(),
-            ..about.clone()
-        };
-        journal.note_quickly(about)
+        journal.note_quickly(|about| {
+            about.criu = Some(criu);
+            about.boot = boot_id();
+        })
     };
     let alive = bring_to_life(about, &hooks_of(about)?, note_criu);
     let alive = alive.map_err(|what| left(journal, what))?;
     record_running(journal, alive.pid)?;
-    note_announced(journal)?;
+    journal.note_quickly(|about| about.announced = true)?;
     let mut notes = alive.notes;
     // The copy has read all that it needs.
     notes.extend(remove_place(&about.place).err());
@@ -202,13 +196,11 @@ pub(in crate::transfer) fn record_running(
     journal: &Journal<DestinationState>,
     pid: u32,
 ) -> Result<(), crate::handover::JournalError> {
-    let about = DestinationAbout {
-        pid: Some(pid),
-        root: Process::of(pid),
-        boot: boot_id(),
-        ..journal.read()?.about
-    };
-    journal.note_quickly(about)?;
+    journal.note_quickly(|about| {
+        about.pid = Some(pid);
+        about.root = Process::of(pid);
+        about.boot = boot_id();
+    })?;
     journal.advance_quickly(DestinationState::Running, "")
 }
 
@@ -267,16 +259,6 @@ fn announce(about: &DestinationAbout, hooks: &Hooks, pid: u32) -> Vec<String> {
         .flatten()
         .map(|error| error.to_string())
         .collect()
-}
-
-fn note_announced(
-    journal: &Journal<DestinationState>,
-) -> Result<(), crate::handover::JournalError> {
-    let about = DestinationAbout {
-        announced: true,
-        ..journal.read()?.about
-    };
-    journal.note_quickly(about)
 }
 
 fn build(

@@ -63,7 +63,7 @@ impl Records {
             change(&mut about);
             about.clone()
         };
-        self.journal.note(about)
+        self.journal.note(|known| *known = about)
     }
 
     /// Which process of CRIU will dump.

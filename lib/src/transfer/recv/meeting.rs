@@ -13,7 +13,6 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::Shared;
-use crate::handover::journal::DestinationAbout;
 use crate::handover::{DestinationState, Journal};
 use crate::identity::Fingerprint;
 use crate::transfer::TransferError;
@@ -128,14 +127,9 @@ pub(super) async fn tell(
 // Nobody has to wait here for that source any more. An answer for one that asks again stays.
 fn note_heard(state: &Path, id: MigrationId) {
     let noted = Journal::<DestinationState>::open(state, id).and_then(|journal| {
-        let Some(journal) = journal else {
-            return Ok(());
-        };
-        let about = DestinationAbout {
-            heard: true,
-            ..journal.read()?.about
-        };
-        journal.note_quickly(about)
+        journal.map_or(Ok(()), |journal| {
+            journal.note_quickly(|about| about.heard = true)
+        })
     });
     if let Err(error) = noted {
         tracing::warn!("migration {id}: {error}");

@@ -69,7 +69,7 @@ impl Record {
     pub(super) fn note_criu(&self, criu: Process) -> Result<(), JournalError> {
         let mut inner = self.inner();
         inner.about.criu = Some(criu);
-        inner.journal.note_quickly(inner.about.clone())
+        inner.journal.note_quickly(|about| about.criu = Some(criu))
     }
 
     /// All images are checked and stored. On disk when this returns, where the place is durable.
@@ -97,7 +97,7 @@ impl Record {
     pub(super) fn announced(&self) -> Result<(), JournalError> {
         let mut inner = self.inner();
         inner.about.announced = true;
-        inner.journal.note_quickly(inner.about.clone())
+        inner.journal.note_quickly(|about| about.announced = true)
     }
 
     /// The workload stays at the source, or never left it.

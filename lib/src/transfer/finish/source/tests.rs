@@ -245,15 +245,17 @@ impl SmallDisk {
         const PAGE: u64 = 4096;
         let file = journal.directory().join("journal");
         let length = || std::fs::metadata(&file).expect("there").len();
-        let mut about = journal.read().expect("readable").about;
         let before = length();
         // Only what is new is written: the same line once more is as much longer as the name.
-        about.name.push('x');
-        journal.note(about.clone()).expect("there is room");
+        journal
+            .note(|about| about.name.push('x'))
+            .expect("there is room");
         let line = length() - before;
         let short = PAGE - (length() + line) % PAGE;
-        about.name += &"x".repeat(usize::try_from(short).expect("at most a page"));
-        journal.note(about).expect("there is room");
+        let more = "x".repeat(usize::try_from(short).expect("at most a page"));
+        journal
+            .note(|about| about.name += &more)
+            .expect("there is room");
         assert_eq!(length() % PAGE, 0, "its last page is full");
         let filled = std::fs::write(self.filler(), vec![0; 1 << 20]);
         filled.expect_err("it is small");
@@ -321,9 +323,8 @@ fn the_journal_stays_while_the_network_lock_cannot_be_removed() {
     let open = || Journal::open(root, stage.journal.id()).expect("readable");
     assert_eq!(clear_source(open().expect("there")).ok(), Some(false));
     let journal = open().expect("it stays");
-    let mut about = journal.read().expect("readable").about;
-    about.bound.clear();
-    journal.note(about).expect("recorded");
+    let noted = journal.note(|about| about.bound.clear());
+    noted.expect("recorded");
     assert_eq!(clear_source(journal).ok(), Some(true));
     assert!(open().is_none());
 }
