@@ -144,7 +144,7 @@ pub fn remove(leftovers: &[Process]) -> usize {
 }
 
 /// Takes the status of a child that has ended; false where it has not, or is not ours.
-fn reap(pid: u32) -> bool {
+pub(crate) fn reap(pid: u32) -> bool {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     pid.is_some_and(|pid| matches!(waitpid(Some(pid), WaitOptions::NOHANG), Ok(Some(_))))
 }

@@ -7,37 +7,9 @@
 //! From post-dump on no process runs code of CRIU's any more, so that the signal can wait there. It is
 //! not in the images: those have been written.
 
-use std::fs;
-
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 use super::Process;
-
-/// Process `root` and all below it, as they are now.
-pub fn below(root: u32) -> Vec<Process> {
-    let mut found: Vec<Process> = Process::of(root).into_iter().collect();
-    let mut next = 0;
-    while let Some(process) = found.get(next).copied() {
-        next += 1;
-        for child in children_of(process.pid) {
-            let child = Process::of(child).filter(|child| !found.contains(child));
-            found.extend(child);
-        }
-    }
-    found
-}
-
-fn children_of(pid: u32) -> Vec<u32> {
-    let threads = fs::read_dir(format!("/proc/{pid}/task"));
-    let threads = threads.into_iter().flatten().flatten();
-    let lists = threads.filter_map(|it| fs::read_to_string(it.path().join("children")).ok());
-    lists
-        .flat_map(|list| {
-            let pids = list.split_whitespace().filter_map(|pid| pid.parse().ok());
-            pids.collect::<Vec<u32>>()
-        })
-        .collect()
-}
 
 /// Stops them: at once, or before they run again where a tracer has them.
 pub fn stop(processes: &[Process]) {
@@ -50,9 +22,9 @@ pub fn release(processes: &[Process]) {
 }
 
 fn signal(processes: &[Process], signal: Signal) {
-    for process in processes.iter().filter(|process| process.is_there()) {
-        let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
-        let _ = pid.map(|pid| kill_process(pid, signal));
+    for process in processes {
+        // One that has gone needs none.
+        let _ = process.signal(signal);
     }
 }
 
@@ -64,6 +36,7 @@ mod tests {
 
     use super::*;
     use crate::preflight::Stat;
+    use crate::tree::Tree;
 
     #[test]
     fn a_tree_stops_and_goes_on_as_a_whole() {
@@ -78,7 +51,7 @@ mod tests {
             .read_line(&mut line)
             .unwrap();
         let child: u32 = line.trim().parse().unwrap();
-        let tree = below(shell.id());
+        let tree = Tree::below(shell.id()).unwrap().processes;
         let pids: Vec<u32> = tree.iter().map(|process| process.pid).collect();
         assert_eq!(pids, [shell.id(), child]);
         let state = |pid| Stat::of(pid).unwrap().state;

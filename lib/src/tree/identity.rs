@@ -6,6 +6,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+use crate::live::{self, LiveError};
 use crate::preflight::Stat;
 
 /// A process, told from another one that got its pid later.
@@ -59,7 +60,8 @@ impl Process {
         self.signal(Signal::KILL)
     }
 
-    pub(super) fn signal(&self, signal: Signal) -> io::Result<bool> {
+    /// The same with any signal.
+    pub(crate) fn signal(&self, signal: Signal) -> io::Result<bool> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else {
             return Ok(false);
         };
@@ -94,6 +96,11 @@ fn has_threads(pid: u32) -> bool {
 }
 
 impl Tree {
+    /// Process `root` and all below it, as they are now; zombies are left out.
+    pub fn below(root: u32) -> Result<Self, LiveError> {
+        Ok(Self::of(live::tree(root)?.into_iter().map(|task| task.pid)))
+    }
+
     /// The processes with these pids; those that have gone meanwhile are left out.
     pub fn of(pids: impl IntoIterator<Item = u32>) -> Self {
         Self {

@@ -28,7 +28,7 @@ pub use identity::{Process, Tree, boot_id};
     clippy::disallowed_methods,
     reason = "a driver: it waits for the kernel and other processes"
 )]
-fn within(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+pub(crate) fn within(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let begun = Instant::now();
     // What is waited for mostly takes less than a millisecond, and is part of a downtime.
     let mut pause = Duration::from_micros(50);

@@ -3,15 +3,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::Signal;
 
 use crate::criu::network_lock;
 use crate::handover::journal::SourceAbout;
-use crate::live;
 use crate::preflight::Stat;
-use crate::tree::{self, FenceError, Process, Tree, boot_id};
+use crate::tree::{self, FenceError, Process, Tree, boot_id, within};
 
 /// How long a CRIU that has lost its caller may take to let the tree go by itself. It does that more
 /// thoroughly than anybody else, but the tree waits.
@@ -23,43 +22,14 @@ const KERNEL_TIME: Duration = Duration::from_secs(2);
 /// How long a large tree may take to die.
 const END_TIME: Duration = Duration::from_secs(10);
 
-const STEP: Duration = Duration::from_millis(5);
-
-/// Sends a signal to that process, and to no other that has its pid by now. False where it is gone.
-pub(in crate::transfer) fn signal(process: Process, signal: Signal) -> bool {
-    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
-    let Some(handle) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
-        return false;
-    };
-    // Looked at when the handle is there: it names the same process for good.
-    process.is_there() && pidfd_send_signal(&handle, signal).is_ok()
-}
-
 /// Waits until none of them is there any more; gives those that are.
 pub(in crate::transfer) fn await_gone(processes: &[Process], longest: Duration) -> Vec<Process> {
     let mut left = processes.to_vec();
-    poll(longest, || {
+    within(longest, || {
         left.retain(Process::is_there);
         left.is_empty()
     });
     left
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a driver: it waits for other processes"
-)]
-fn poll(longest: Duration, mut done: impl FnMut() -> bool) -> bool {
-    let until = Instant::now() + longest;
-    loop {
-        if done() {
-            return true;
-        }
-        if Instant::now() >= until {
-            return false;
-        }
-        std::thread::sleep(STEP);
-    }
 }
 
 /// Ends a CRIU that still has the tree.
@@ -69,12 +39,12 @@ fn end_criu(about: &SourceAbout, may_finish: bool) -> Result<(), String> {
     };
     if may_finish {
         // A driver that committed has stopped it.
-        signal(criu, Signal::CONT);
+        let _ = criu.signal(Signal::CONT);
         if await_gone(&[criu], CRIU_TIME).is_empty() {
             return Ok(());
         }
     }
-    signal(criu, Signal::KILL);
+    let _ = criu.kill();
     if await_gone(&[criu], KERNEL_TIME).is_empty() {
         return Ok(());
     }
@@ -112,10 +82,10 @@ fn grown(tree: &Tree) -> Tree {
     let Some(root) = root.filter(|root| root.is_there()) else {
         return grown;
     };
-    let Ok(tasks) = live::tree(root.pid) else {
+    let Ok(now) = Tree::below(root.pid) else {
         return grown;
     };
-    for process in Tree::of(tasks.iter().map(|task| task.pid)).processes {
+    for process in now.processes {
         if !grown.processes.contains(&process) {
             grown.processes.push(process);
         }
@@ -168,7 +138,7 @@ pub(in crate::transfer) fn release(
             .map(|process| process.pid)
             .collect::<Vec<_>>()
     };
-    if poll(KERNEL_TIME, || held().is_empty()) {
+    if within(KERNEL_TIME, || held().is_empty()) {
         return Ok(notes);
     }
     Err(format!(
@@ -192,7 +162,7 @@ pub(in crate::transfer) fn end(about: &SourceAbout) -> Result<(), String> {
 pub(in crate::transfer) fn end_processes(about: &SourceAbout) -> Result<(), String> {
     let fenced = about.fence.as_ref().map(|fence| fence.end(&about.tree));
     for process in about.tree.left() {
-        signal(process, Signal::KILL);
+        let _ = process.kill();
     }
     let left = await_gone(&about.tree.left(), END_TIME);
     match (left.as_slice(), fenced) {
@@ -272,9 +242,9 @@ mod tests {
             started: process.started + 1,
             ..process
         };
-        assert!(!signal(stranger, Signal::KILL));
+        assert!(!stranger.kill().unwrap());
         assert!(process.is_there());
-        assert!(signal(process, Signal::KILL));
+        assert!(process.kill().unwrap());
         assert!(await_gone(&[process], KERNEL_TIME).is_empty());
         child.wait().expect("it is ours");
     }
@@ -324,8 +294,8 @@ mod tests {
             ..sample_about()
         };
         let state = || Stat::of(forked.pid).map(|stat| stat.state);
-        assert!(signal(forked, Signal::STOP));
-        assert!(poll(KERNEL_TIME, || state() == Some('T')));
+        assert!(forked.signal(Signal::STOP).unwrap());
+        assert!(within(KERNEL_TIME, || state() == Some('T')));
         let stranger = Tree {
             processes: vec![Process {
                 started: about.tree.processes[0].started + 1,
@@ -335,8 +305,8 @@ mod tests {
         };
         assert_eq!(grown(&stranger), stranger);
         release(&about, true, true).expect("nothing is in the way");
-        let woken = poll(KERNEL_TIME, || state() == Some('S'));
-        signal(forked, Signal::KILL);
+        let woken = within(KERNEL_TIME, || state() == Some('S'));
+        let _ = forked.kill();
         root.kill().expect("ours");
         root.wait().expect("ours");
         assert!(woken);

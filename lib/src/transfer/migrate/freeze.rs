@@ -30,7 +30,7 @@ use crate::image::{DumpStats, Inventory, PageFlags, PageRun, PagemapName};
 use crate::page::PageSize;
 use crate::transfer::clock::Clock;
 use crate::transfer::pause;
-use crate::tree::hold;
+use crate::tree::{Process, Tree, hold};
 
 /// What happens during the freeze, in order.
 #[derive(Debug)]
@@ -250,6 +250,11 @@ pub(super) fn freeze(
     Ok(frozen)
 }
 
+// None where the root is gone: then there is nothing to stop.
+fn processes_below(root: u32) -> Vec<Process> {
+    Tree::below(root).map_or_else(|_| Vec::new(), |tree| tree.processes)
+}
+
 fn dump(
     job: &Job,
     mut worker: Worker,
@@ -289,7 +294,7 @@ fn dump(
             }
             Stage::PostDump => {
                 // Should CRIU die now, the tree does not run with what CRIU has done to its sockets.
-                let tree = hold::below(job.pid);
+                let tree = processes_below(job.pid);
                 hold::stop(&tree);
                 tell(Moment::Held {
                     at_ns: clock.now_ns(),

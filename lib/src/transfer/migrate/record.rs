@@ -4,7 +4,6 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::handover::journal::SourceAbout;
 use crate::handover::{Journal, JournalError, Lease, SourceState};
-use crate::live;
 use crate::tree::{FenceError, Process, Tree};
 
 /// Why a tree could not be put behind its fence.
@@ -94,7 +93,7 @@ impl Records {
 
     // The tree of the survey may have more processes by now.
     fn look_again(&self, root: u32, run_id: Option<String>) -> Result<(), JournalError> {
-        let tree = live::tree(root).map(|tasks| Tree::of(tasks.into_iter().map(|it| it.pid)));
+        let tree = Tree::below(root);
         self.learn(|about| {
             // Where it cannot be listed, what is known counts.
             if let Ok(tree) = tree {

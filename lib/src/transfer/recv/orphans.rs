@@ -5,7 +5,7 @@ use std::sync::Once;
 use std::time::Duration;
 
 use crate::preflight::Stat;
-use rustix::process::{Pid, WaitOptions};
+use crate::tree::copy;
 
 /// How often the dead are looked for.
 const EVERY: Duration = Duration::from_millis(200);
@@ -38,17 +38,12 @@ pub(in crate::transfer) fn reap() {
 // Own children (CRIU, hooks) are in the session of this process, and are waited for by whoever
 // started them; restored ones brought their session along.
 fn reap_foreign() {
-    let own = session_of(std::process::id());
+    let own = Stat::of(std::process::id()).map(|stat| stat.session);
     for pid in children() {
-        if state_of(pid) == Some('Z') && session_of(pid) != own {
-            wait_for(pid);
+        let ended = Stat::of(pid).filter(|stat| stat.state == 'Z');
+        if ended.is_some_and(|stat| Some(stat.session) != own) {
+            copy::reap(pid);
         }
-    }
-}
-
-fn wait_for(pid: u32) {
-    if let Some(pid) = to_pid(pid) {
-        let _ = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
     }
 }
 
@@ -65,16 +60,4 @@ fn children() -> Vec<u32> {
                 .collect::<Vec<u32>>()
         })
         .collect()
-}
-
-fn to_pid(pid: u32) -> Option<Pid> {
-    i32::try_from(pid).ok().and_then(Pid::from_raw)
-}
-
-fn state_of(pid: u32) -> Option<char> {
-    Some(Stat::of(pid)?.state)
-}
-
-fn session_of(pid: u32) -> Option<u32> {
-    Some(Stat::of(pid)?.session)
 }

@@ -86,7 +86,7 @@ impl Stage {
     /// As a CRIU that was killed leaves it.
     async fn be_stopped(&self) {
         let process = crate::tree::Process::of(self.child.id()).expect("it runs");
-        assert!(tree::signal(process, rustix::process::Signal::STOP));
+        assert!(process.signal(rustix::process::Signal::STOP).unwrap());
         assert!(self.comes_to('T').await);
     }
 

@@ -187,14 +187,14 @@ impl Driver<'_> {
         if let (Some(about), Some(frozen)) = (fenced, &self.frozen) {
             frozen.give_away(true);
             if let Some(criu) = about.criu {
-                hands::signal(criu, Signal::STOP);
+                let _ = criu.signal(Signal::STOP);
             }
         }
     }
 
     pub(super) fn wake_criu(&self) {
         if let Some(criu) = self.record.as_ref().and_then(|record| record.about().criu) {
-            hands::signal(criu, Signal::CONT);
+            let _ = criu.signal(Signal::CONT);
         }
     }
 

@@ -20,7 +20,6 @@ use crate::transfer::event::Event;
 use crate::transfer::finish::{self, Alive};
 use crate::transfer::recv::incoming::Place;
 use crate::transfer::recv::meeting::Call;
-use crate::transfer::recv::orphans;
 use crate::transfer::recv::restore::{Moment, refused};
 use crate::transfer::{TransferError, costs, pause};
 use crate::transport::{CloseCode, ControlSender, TransportError};
@@ -277,7 +276,6 @@ impl Driver<'_> {
         self.later(hooks::Moment::AfterRestore);
         let took = Duration::from_nanos(self.held_ns.saturating_sub(self.complete_ns));
         costs::learn_restore(self.dumped_bytes, took);
-        orphans::reap();
     }
 
     // A hook that nobody waits for.
