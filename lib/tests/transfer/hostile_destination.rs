@@ -26,7 +26,8 @@ use crxfer::wire::{
     FrameHeader, HEADER_LEN, Layout, MIGRATION_VERSION, Message, Offered, RecordKind, Step,
     StreamNote, Welcome, limits,
 };
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 
 use crate::hostile_source::{Program, has_criu};
 use crate::support::{Destination, Peer, count, receive_options, tempdir};
@@ -106,10 +107,26 @@ impl FakeDestination {
         }))
         .await;
         let mut bulk = self.connection.accept_bulk().await.ok()?;
+        // Read by tasks of their own: a read that is dropped half way loses what it has read.
+        let (heard, mut steps) = mpsc::channel(1);
+        let (read, mut notes) = mpsc::channel(1);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            while heard.send(step(&mut messages).await?).await.is_ok() {}
+            None::<()>
+        });
+        tasks.spawn(async move {
+            while read.send(note(&mut bulk).await?).await.is_ok() {}
+            None::<()>
+        });
         loop {
             tokio::select! {
-                step = step(&mut messages) => self.on_step(step?).await?,
-                note = note(&mut bulk) => self.on_note(note?).await?,
+                Some(step) = steps.recv() => self.on_step(step).await?,
+                Some(note) = notes.recv() => self.on_note(note).await?,
+                Some(ended) = tasks.join_next() => {
+                    ended.expect("what a source sends can be read");
+                }
+                else => return None,
             }
         }
     }
@@ -192,8 +209,7 @@ async fn step(messages: &mut ControlReceiver) -> Option<Step> {
     }
 }
 
-// The next note; frames are read and forgotten. Not to be dropped half way: nothing else of this
-// destination is of interest then.
+// The next note; frames are read and forgotten.
 async fn note(bulk: &mut BulkReceiver) -> Option<StreamNote> {
     loop {
         let mut kind = [0];
