@@ -310,6 +310,11 @@ fn dump(
         })
     };
     let result = run(&mut worker).map(drop);
+    // A CRIU that died in the middle may have left code of its own in the tree, and locks on its
+    // sockets: nothing runs until both are healed, by whoever ends this migration.
+    if result.as_ref().is_err_and(CriuError::has_died) {
+        hold::stop(&processes_below(job.pid));
+    }
     let result = match unrecorded {
         Some(error) => Err(error.into()),
         None => result.map_err(MigrateError::from),
