@@ -408,6 +408,9 @@ pub fn sample_steps() -> Vec<Step> {
             ..RestoreOptions::default()
         },
         dry_run: true,
+        keeping: crate::wire::Keeping::AsSet,
+        runtime: String::new(),
+        container: String::new(),
     };
     let phase = Phase {
         name: "restore".into(),

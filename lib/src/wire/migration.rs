@@ -83,6 +83,38 @@ pub struct Offer {
     pub options: RestoreOptions,
     /// Only the answer is wanted.
     pub dry_run: bool,
+    /// Where images are to be kept at the destination.
+    pub keeping: Keeping,
+    /// What restores there, by the destination's own name for it; empty: CRIU alone.
+    pub runtime: String,
+    /// What that runtime calls the container; empty without one.
+    pub container: String,
+}
+
+/// Where a destination is to keep the images of a migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Keeping {
+    /// As it was started.
+    #[default]
+    AsSet,
+    /// In memory that no path leads to.
+    Memory,
+}
+
+impl Keeping {
+    fn to_proto(self) -> v1::Keeping {
+        match self {
+            Self::AsSet => v1::Keeping::AsSet,
+            Self::Memory => v1::Keeping::Memory,
+        }
+    }
+
+    fn from_proto(number: i32) -> Result<Self, WireError> {
+        match v1::Keeping::try_from(number).map_err(|_| WireError::Field("keeping"))? {
+            v1::Keeping::AsSet => Ok(Self::AsSet),
+            v1::Keeping::Memory => Ok(Self::Memory),
+        }
+    }
 }
 
 /// The destination's answer to an [`Offer`].
@@ -317,6 +349,9 @@ impl Step {
                 facts: offer.facts.clone(),
                 options: Some(offer.options.to_proto()),
                 dry_run: offer.dry_run,
+                keeping: offer.keeping.to_proto().into(),
+                runtime: offer.runtime.clone(),
+                container: offer.container.clone(),
             }),
             Self::Offered(offered) => Body::Offered(v1::Offered {
                 checks: offered.checks.clone(),
@@ -486,6 +521,9 @@ fn offer_in(offer: v1::Offer) -> Result<Offer, WireError> {
         facts: offer.facts,
         options: RestoreOptions::from_proto(offer.options.unwrap_or_default())?,
         dry_run: offer.dry_run,
+        keeping: Keeping::from_proto(offer.keeping)?,
+        runtime: text(offer.runtime)?,
+        container: text(offer.container)?,
     })
 }
 
@@ -654,6 +692,9 @@ mod tests {
                     ..RestoreOptions::default()
                 },
                 dry_run: true,
+                keeping: Keeping::Memory,
+                runtime: "runc".into(),
+                container: "web".into(),
             })),
             Step::Offered(Offered {
                 checks: vec![4],

@@ -15,7 +15,7 @@ pub use message::{
     WireError,
 };
 pub use migration::{
-    Answer, MigrationId, Object, Offer, Offered, Phase, RECORD_HEADER_LEN, RecordKind,
+    Answer, Keeping, MigrationId, Object, Offer, Offered, Phase, RECORD_HEADER_LEN, RecordKind,
     RestoreOptions, Step, StreamNote, Verdict,
 };
 

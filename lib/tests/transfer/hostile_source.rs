@@ -102,6 +102,9 @@ fn offer(id: u8, facts: &[u8]) -> Offer {
         facts: facts.to_vec(),
         options: RestoreOptions::default(),
         dry_run: false,
+        keeping: crxfer::wire::Keeping::AsSet,
+        runtime: String::new(),
+        container: String::new(),
     }
 }
 

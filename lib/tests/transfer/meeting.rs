@@ -182,6 +182,9 @@ impl Workload {
             facts: self.facts.clone(),
             options: RestoreOptions::default(),
             dry_run: false,
+            keeping: crxfer::wire::Keeping::AsSet,
+            runtime: String::new(),
+            container: String::new(),
         }
     }
 

@@ -190,6 +190,15 @@ pub struct Offer {
     /// only the answer is wanted
     #[prost(bool, tag = "7")]
     pub dry_run: bool,
+    /// where images are to be kept at the destination
+    #[prost(enumeration = "Keeping", tag = "8")]
+    pub keeping: i32,
+    /// who restores there, by the destination's own name for it; empty: CRIU alone
+    #[prost(string, tag = "9")]
+    pub runtime: ::prost::alloc::string::String,
+    /// its name for the runtime
+    #[prost(string, tag = "10")]
+    pub container: ::prost::alloc::string::String,
 }
 /// What CRIU must be told on both sides.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -444,6 +453,34 @@ impl Holding {
             "HOLDING_RUNS" => Some(Self::Runs),
             "HOLDING_REMOVED" => Some(Self::Removed),
             "HOLDING_BUSY" => Some(Self::Busy),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Keeping {
+    /// as the receiving side was started
+    AsSet = 0,
+    /// in memory that no path leads to
+    Memory = 1,
+}
+impl Keeping {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::AsSet => "KEEPING_AS_SET",
+            Self::Memory => "KEEPING_MEMORY",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "KEEPING_AS_SET" => Some(Self::AsSet),
+            "KEEPING_MEMORY" => Some(Self::Memory),
             _ => None,
         }
     }

@@ -48,6 +48,9 @@ fn offer() -> Offer {
         facts: Vec::new(),
         options: RestoreOptions::default(),
         dry_run: false,
+        keeping: crate::wire::Keeping::AsSet,
+        runtime: String::new(),
+        container: String::new(),
     }
 }
 

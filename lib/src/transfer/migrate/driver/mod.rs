@@ -242,6 +242,9 @@ impl<'a> Driver<'a> {
             facts: survey.facts.encode(),
             options: restore_options(&options.criu),
             dry_run: options.dry_run,
+            keeping: crate::wire::Keeping::AsSet,
+            runtime: String::new(),
+            container: String::new(),
         };
         let goals = Goals {
             freeze_limit: Some(options.freeze_limit),
