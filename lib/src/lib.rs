@@ -105,6 +105,7 @@ pub mod page;
 pub mod precopy;
 pub mod preflight;
 pub mod session;
+pub mod sink;
 pub mod standby;
 pub mod store;
 mod sys;
