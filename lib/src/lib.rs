@@ -106,6 +106,7 @@ pub mod precopy;
 pub mod preflight;
 pub mod runtime;
 pub mod session;
+pub mod sink;
 pub mod standby;
 pub mod store;
 mod sys;

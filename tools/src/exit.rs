@@ -149,7 +149,7 @@ impl From<&MigrateFailure> for Exit {
                 Self::Storage
             }
             MigrateError::Journal(error) => error.into(),
-            MigrateError::Fence(_) => Self::Storage,
+            MigrateError::Fence(_) | MigrateError::Sink(_) => Self::Storage,
             MigrateError::Preflight(_) => Self::Preflight,
             MigrateError::Live(LiveError::RootGone { .. }) => Self::Content,
             MigrateError::Live(_) => Self::Storage,
@@ -198,6 +198,7 @@ impl From<&StoreError> for Exit {
             }
             StoreError::Io { .. } | StoreError::Busy(_) => Self::Storage,
             StoreError::Foreign(_) | StoreError::NotYours(_) => Self::Storage,
+            StoreError::Sink(_) | StoreError::Unseen { .. } => Self::Storage,
             StoreError::NotAStore(_) | StoreError::NoSuchSet(_) | StoreError::Damaged { .. } => {
                 Self::Set
             }

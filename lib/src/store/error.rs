@@ -14,6 +14,17 @@ pub enum StoreError {
         /// What the system said.
         source: io::Error,
     },
+    /// The place for the sets cannot be had.
+    #[error(transparent)]
+    Sink(#[from] crate::sink::SinkError),
+    /// The sets are where this process cannot see them.
+    #[error("the sets of {}: {why}", path.display())]
+    Unseen {
+        /// The receiving directory.
+        path: PathBuf,
+        /// Where they are.
+        why: crate::sink::Unseen,
+    },
     /// Another `crxfer recv` serves the directory.
     #[error("{} is served by another `crxfer recv` already; use another --dir or stop that one", .0.display())]
     Busy(PathBuf),
