@@ -4,6 +4,7 @@
 //! *Blank* is busybox and a program that notes the time. *Video* is nginx, which streams a file at the
 //! rate of a video. Both share the network of their host.
 
+mod ground;
 mod rootfs;
 mod ticks;
 
@@ -14,7 +15,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-pub(crate) use rootfs::Kind;
+pub(crate) use ground::Ground;
+pub(crate) use rootfs::{Kind, PORT as VIDEO_PORT, QUESTION, VIDEO};
 pub(crate) use ticks::Ticks;
 
 use crate::apt::Needed;

@@ -1,28 +1,20 @@
 //! LXC containers that move: crxfer carries them, liblxc dumps and restores them by its own rules.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
 use super::{Context, Report};
 use crate::apt;
-use crate::client::{Download, Poller, Question};
-use crate::crxfer::migrate::{Ended, Migrating, Migration};
-use crate::crxfer::{Place, Receiver};
+use crate::client::{Download, Poller};
 use crate::hosts::{Network, Rate, Side};
-use crate::lxc::{self, Container, Kind};
+use crate::lxc::{self, Container, Ground, Kind, VIDEO_PORT};
 use crate::run;
 use crate::scratch::Scratch;
 
 /// 15 s of the video: longer than a move takes.
 const VIDEO_BYTES: usize = 3_000_000;
-const VIDEO_PORT: u16 = 8088;
-const SHORT: Question = Question::Tcp {
-    port: VIDEO_PORT,
-    text: "GET /here HTTP/1.0\r\n\r\n",
-    answer: "here",
-};
 /// Hosts of a container that stayed, where it is counted from 1.
 const ONE_HOST: usize = 1;
 const TWO_HOSTS: usize = 2;
@@ -51,86 +43,8 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
     report.case("lxc: source killed before the vote", || killed(context));
 }
 
-/// Hosts, a container that runs on A, and the destination's files. The hosts go first.
-struct Ground<'a> {
-    context: &'a Context,
-    network: Network,
-    container: Container,
-    memory: Scratch,
-}
-
-impl<'a> Ground<'a> {
-    fn new(context: &'a Context, kind: Kind) -> Result<Self> {
-        let container = Container::new(kind, VIDEO_BYTES)?;
-        let ground = Self {
-            context,
-            network: Network::new(Rate::Megabits(1000))?,
-            container,
-            memory: Scratch::within(Path::new("/dev/shm"), "lxc")?,
-        };
-        ground.container.start(&ground.network.hosts.a)?;
-        Ok(ground)
-    }
-
-    fn received(&self) -> PathBuf {
-        self.memory.path().join("received")
-    }
-
-    /// Starts the destination, which restores LXC containers by `command`.
-    fn receive_with(&self, command: &str) -> Result<Receiver> {
-        let restore = format!("lxc={command}");
-        self.receive(&["--restore-with", &restore])
-    }
-
-    /// Starts the destination with `more` options, and the moves of the service address.
-    fn receive(&self, more: &[&str]) -> Result<Receiver> {
-        let hooks = Migration::hooks(&self.network);
-        let mut words: Vec<&str> = hooks.iter().map(String::as_str).collect();
-        words.extend(more);
-        let place = Place::On(&self.network.hosts.b);
-        self.context
-            .crxfer
-            .await_migration(place, &self.received(), &words)
-    }
-
-    fn restore_command(&self) -> String {
-        self.container.helper(&self.network.hosts.b, "restore")
-    }
-
-    fn start(&self, to: &Receiver) -> Result<Migrating> {
-        let source = &self.network.hosts.a;
-        let dump = self.container.helper(source, "dump");
-        let words = [
-            "--dump-with",
-            &dump,
-            "--restore-as",
-            "lxc",
-            "--container",
-            &self.container.name,
-            "--tcp-established",
-        ];
-        let pid = self.container.pid(source)?;
-        self.context
-            .crxfer
-            .migrate(source, pid, to, &words)?
-            .start()
-    }
-
-    /// Moves it; what the destination said is part of an error.
-    fn migrate(&self, to: &Receiver) -> Result<crate::crxfer::migrate::Report> {
-        let ended: Ended = self.start(to)?.wait()?;
-        let report = ended
-            .migrated()
-            .with_context(|| format!("crxfer recv said:\n{}", to.said()))?;
-        self.network.withdraw(&self.network.hosts.a)?;
-        Ok(report)
-    }
-
-    fn ensure_on(&self, side: Side) -> Result<()> {
-        let here = self.network.host(side);
-        let there = self.network.host(side.other());
-        self.container.ensure_only(here, there)
-    }
+fn ground(context: &Context, kind: Kind) -> Result<Ground<'_>> {
+    Ground::new(&context.crxfer, kind, Rate::Megabits(1000), VIDEO_BYTES)
 }
 
 /// LXC's own tool on the same ground: what is wrong here is not crxfer's fault.
@@ -165,7 +79,7 @@ fn ms(time: Duration) -> f64 {
 }
 
 fn blank(context: &Context) -> Result<String> {
-    let ground = Ground::new(context, Kind::Blank)?;
+    let ground = ground(context, Kind::Blank)?;
     let receiver = ground.receive_with(&ground.restore_command())?;
     let report = ground.migrate(&receiver)?;
     ground.ensure_on(Side::B)?;
@@ -181,13 +95,13 @@ fn blank(context: &Context) -> Result<String> {
 }
 
 fn video(context: &Context) -> Result<String> {
-    let ground = Ground::new(context, Kind::Video)?;
+    let ground = ground(context, Kind::Video)?;
     let client = &ground.network.c;
-    let download = Download::start(client, VIDEO_PORT, "/video")?;
+    let download = Download::start(client, VIDEO_PORT, lxc::VIDEO)?;
     run::wait_for("the video to flow", Duration::from_secs(10), || {
         (download.arrived() > VIDEO_BYTES as u64 / 20).then_some(())
     })?;
-    let poller = Poller::start(&ground.network, SHORT)?;
+    let poller = Poller::start(&ground.network, lxc::QUESTION)?;
     let receiver = ground.receive_with(&ground.restore_command())?;
     ground.migrate(&receiver)?;
     let arrived = download.arrived();
@@ -224,7 +138,7 @@ fn ensure_stayed(ground: &Ground<'_>, since: usize) -> Result<Duration> {
 }
 
 fn not_offered(context: &Context) -> Result<String> {
-    let ground = Ground::new(context, Kind::Blank)?;
+    let ground = ground(context, Kind::Blank)?;
     let receiver = ground.receive(&[])?;
     let since = ground.container.ticks()?.len();
     let (code, message) = ground.start(&receiver)?.wait()?.refused()?;
@@ -238,7 +152,7 @@ fn not_offered(context: &Context) -> Result<String> {
 
 /// The destination learns only when it is to restore that it cannot, and says no; then it can.
 fn refused(context: &Context) -> Result<String> {
-    let ground = Ground::new(context, Kind::Blank)?;
+    let ground = ground(context, Kind::Blank)?;
     let wrong = format!("{} nobody", ground.restore_command());
     let receiver = ground.receive_with(&wrong)?;
     let since = ground.container.ticks()?.len();
@@ -260,7 +174,7 @@ fn refused(context: &Context) -> Result<String> {
 }
 
 fn killed(context: &Context) -> Result<String> {
-    let ground = Ground::new(context, Kind::Blank)?;
+    let ground = ground(context, Kind::Blank)?;
     // Time to kill the source while it waits for the vote.
     let slow = format!("sleep 2; {}", ground.restore_command());
     let receiver = ground.receive_with(&slow)?;

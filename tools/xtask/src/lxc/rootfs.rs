@@ -7,10 +7,19 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::client::Question;
 use crate::run;
 
 /// Where the video is served.
 pub(crate) const PORT: u16 = 8088;
+/// What its clients load.
+pub(crate) const VIDEO: &str = "/video";
+/// What is answered at once.
+pub(crate) const QUESTION: Question = Question::Tcp {
+    port: PORT,
+    text: "GET /here HTTP/1.0\r\n\r\n",
+    answer: "here",
+};
 /// 1,560 kb/s, in bytes.
 const VIDEO_RATE: usize = 195_000;
 
