@@ -23,6 +23,8 @@
 
 /* Deleted files that are still open travel in the images; CRIU's own limit of 1 MB is soon reached. */
 #define GHOST_LIMIT (64ULL << 20)
+/* crxfer repeats the last three lines that a command printed. */
+#define SHOWN_LINES 2
 /* Longest option list that liblxc is believed to make. */
 #define MAX_ARGUMENTS 500
 
@@ -165,22 +167,28 @@ static void stand_before_criu(const char *work)
 
 /* ---- dump and restore ---- */
 
-/* Shows those lines of a log that matter, for crxfer to repeat them. */
-static void show(const char *work, const char *name, const char *mark)
+/* Repeats the first lines of a log that tell what went wrong, which are not the last ones. Gives their number. */
+static int show(const char *work, const char *name, const char *mark)
 {
 	char path[PATH_MAX], *line = NULL;
 	size_t size = 0;
+	int shown = 0;
 	FILE *log;
 
 	format_path(path, "%s/%s", work, name);
 	log = fopen(path, "r");
 	if (!log)
-		return;
-	while (getline(&line, &size, log) > 0)
-		if (strstr(line, mark))
-			fprintf(stderr, "%s: %s", name, line);
+		return 0;
+	while (shown < SHOWN_LINES && getline(&line, &size, log) > 0) {
+		/* In containers CRIU may not raise its limit of open files. That is no failure. */
+		if (!strstr(line, mark) || strstr(line, "rlimit:"))
+			continue;
+		fprintf(stderr, "%s: %s", name, line);
+		shown++;
+	}
 	free(line);
 	fclose(log);
+	return shown;
 }
 
 static void open_log(const char *name, const char *lxcpath, const char *work)
@@ -212,46 +220,52 @@ static struct lxc_container *find(const char *name, const char *lxcpath)
 	return container;
 }
 
-static int dump(struct lxc_container *container, struct migrate_opts *options)
-{
-	const char *port = getenv("CRXFER_PAGE_SERVER_PORT");
-
-	if (!container->is_running(container))
-		fail("container %s does not run", container->name);
-	options->stop = true;
-	if (port && *port) {
-		options->pageserver_address = (char *)told("CRXFER_PAGE_SERVER_ADDRESS");
-		options->pageserver_port = (char *)port;
-	}
-	return container->migrate(container, MIGRATE_DUMP, options, sizeof(*options)) ? 1 : 0;
-}
-
 /*
- * liblxc makes a process that stays, the container's monitor. It must not hold what crxfer gave to this
- * one: crxfer would wait for the end of its output for as long as the container runs.
+ * Has liblxc do it, in a process of its own. A restore makes another one that stays, the container's
+ * monitor. It must not hold what crxfer gave to this one, whose output would not end as long as the container runs,
+ * nor be killed with a command that crxfer gives up.
  */
-static int restore(struct lxc_container *container, struct migrate_opts *options)
+static bool migrate(struct lxc_container *container, unsigned int command, struct migrate_opts *options)
 {
 	int status;
-	pid_t child;
+	pid_t child = fork();
 
-	if (container->is_running(container))
-		fail("container %s runs on this host already", container->name);
-	child = fork();
 	if (child < 0)
 		fail("cannot fork: %s", strerror(errno));
 	if (child == 0) {
 		int nothing = open("/dev/null", O_RDWR);
 
-		setsid();
+		if (command == MIGRATE_RESTORE)
+			setsid();
 		if (nothing < 0 || dup2(nothing, 0) < 0 || dup2(nothing, 1) < 0 || dup2(nothing, 2) < 0)
 			_exit(1);
-		_exit(container->migrate(container, MIGRATE_RESTORE, options, sizeof(*options)) ? 1 : 0);
+		_exit(container->migrate(container, command, options, sizeof(*options)) ? 1 : 0);
 	}
 	while (waitpid(child, &status, 0) < 0)
 		if (errno != EINTR)
-			fail("cannot wait for the restore: %s", strerror(errno));
-	return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+			fail("cannot wait for liblxc: %s", strerror(errno));
+	return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+static bool dump(struct lxc_container *container, struct migrate_opts *options)
+{
+	const char *port = getenv("CRXFER_PAGE_SERVER_PORT");
+
+	if (!container->is_running(container))
+		fail("container %s does not run on this host", container->name);
+	options->stop = true;
+	if (port && *port) {
+		options->pageserver_address = (char *)told("CRXFER_PAGE_SERVER_ADDRESS");
+		options->pageserver_port = (char *)port;
+	}
+	return migrate(container, MIGRATE_DUMP, options);
+}
+
+static bool restore(struct lxc_container *container, struct migrate_opts *options)
+{
+	if (container->is_running(container))
+		fail("container %s runs on this host already", container->name);
+	return migrate(container, MIGRATE_RESTORE, options);
 }
 
 int main(int argc, char **argv)
@@ -259,8 +273,8 @@ int main(int argc, char **argv)
 	const char *lxcpath = NULL, *name, *verb, *work;
 	struct lxc_container *container;
 	struct migrate_opts options = { 0 };
-	bool dumps;
-	int option, outcome;
+	bool dumps, succeeds;
+	int option;
 
 	if (argc > 0 && !strcmp(basename(argv[0]), "criu"))
 		return become_criu(argc, argv);
@@ -288,13 +302,13 @@ int main(int argc, char **argv)
 	stand_before_criu(work);
 	open_log(name, lxcpath, work);
 	container = find(name, lxcpath);
-	outcome = dumps ? dump(container, &options) : restore(container, &options);
-	if (outcome) {
-		show(work, "lxc.log", "ERROR");
-		show(work, dumps ? "dump.log" : "restore.log", "Error");
+	succeeds = dumps ? dump(container, &options) : restore(container, &options);
+	if (!succeeds) {
 		fprintf(stderr, "crxfer-lxc: container %s could not be %s; the logs are in %s\n", name,
 			dumps ? "dumped" : "restored", work);
+		if (!show(work, dumps ? "dump.log" : "restore.log", "Error"))
+			show(work, "lxc.log", "ERROR");
 	}
 	lxc_container_put(container);
-	return outcome;
+	return succeeds ? 0 : 1;
 }
