@@ -306,7 +306,7 @@ int main(int argc, char **argv)
 	if (!succeeds) {
 		fprintf(stderr, "crxfer-lxc: container %s could not be %s; the logs are in %s\n", name,
 			dumps ? "dumped" : "restored", work);
-		if (!show(work, dumps ? "dump.log" : "restore.log", "Error"))
+		if (!show(work, dumps ? "dump.log" : "restore.log", "Error ("))
 			show(work, "lxc.log", "ERROR");
 	}
 	lxc_container_put(container);
