@@ -90,6 +90,26 @@ static void add(struct list *list, const char *item)
 	list->items[list->count++] = (char *)item;
 }
 
+static bool has(const struct list *list, const char *item)
+{
+	for (int i = 0; i < list->count; i++)
+		if (!strcmp(list->items[i], item))
+			return true;
+	return false;
+}
+
+/* Adds what crxfer was asked for in CRIU's own words, and liblxc does not ask for by itself. */
+static void add_options(struct list *list)
+{
+	const char *value = getenv("CRXFER_OPTIONS");
+	char *words = strdup(value ? value : ""), *rest = words, *word;
+
+	/* It stays: the list points into it. */
+	while (words && (word = strsep(&rest, " ")))
+		if (*word && !has(list, word))
+			add(list, word);
+}
+
 /*
  * Becomes the real criu.
  *
@@ -121,6 +141,7 @@ static int become_criu(int argc, char **argv)
 	if (dumps || restores) {
 		add(&list, "--work-dir");
 		add(&list, work);
+		add_options(&list);
 	}
 	if (dumps) {
 		add(&list, "--network-lock");
