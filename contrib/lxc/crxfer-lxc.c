@@ -111,6 +111,24 @@ static void add_options(struct list *list)
 }
 
 /*
+ * Adds the container's group in the hierarchy of cgroup version 2. liblxc names that hierarchy by a controller, CRIU by
+ * nothing, so that CRIU would put a copy into the group that has the name of the source's, which on this host may be another
+ * container's, and frozen. It is the last one that liblxc names.
+ */
+static void add_unified_root(struct list *list)
+{
+	for (int i = list->count - 2; i > 0; i--) {
+		const char *path = strchr(list->items[i + 1], '/');
+
+		if (strcmp(list->items[i], "--cgroup-root") || !path)
+			continue;
+		add(list, "--cgroup-root");
+		add(list, path);
+		return;
+	}
+}
+
+/*
  * Becomes the real criu.
  *
  * Log and statistics go to the work directory: nothing but images belongs among the images, and a received
@@ -142,6 +160,7 @@ static int become_criu(int argc, char **argv)
 		add(&list, "--work-dir");
 		add(&list, work);
 		add_options(&list);
+		add_unified_root(&list);
 	}
 	if (dumps) {
 		add(&list, "--network-lock");
