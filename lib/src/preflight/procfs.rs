@@ -224,6 +224,7 @@ mod tests {
             parent: 1,
             group: 7,
             session: 6,
+            ending: false,
             started: 987_654,
         };
         assert_eq!(stat, expected);
