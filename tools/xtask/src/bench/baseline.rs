@@ -140,32 +140,33 @@ fn finish(moving: Moving<'_>, images: &Path, clock: &mut Clock) -> Result<()> {
     run::quiet(hosts.a.command("nft").args(["flush", "ruleset"])).map(drop)
 }
 
-struct Clock {
+/// Measures one part after the other.
+pub(super) struct Clock {
     last: Instant,
-    parts: Parts,
+    pub(super) parts: Parts,
 }
 
 impl Clock {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             last: Instant::now(),
             parts: Vec::new(),
         }
     }
 
-    fn lap(&mut self, name: &'static str) {
+    pub(super) fn lap(&mut self, name: &'static str) {
         self.parts.push((name, self.last.elapsed()));
         self.last = Instant::now();
     }
 }
 
-/// `rsync --daemon` on the destination.
-struct Daemon {
+/// `rsync --daemon` on the destination. It ends with its host at the latest.
+pub(super) struct Daemon {
     child: Child,
 }
 
 impl Daemon {
-    fn start(host: &Host, directory: &Path, memory: &Scratch) -> Result<Self> {
+    pub(super) fn start(host: &Host, directory: &Path, memory: &Scratch) -> Result<Self> {
         let configuration: PathBuf = memory.path().join("rsyncd.conf");
         fs::write(
             &configuration,
@@ -190,7 +191,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    fn copy(&self, from: &Host, to: &Host, directory: &Path) -> Result<()> {
+    pub(super) fn copy(&self, from: &Host, to: &Host, directory: &Path) -> Result<()> {
         let source = format!("{}/", directory.display());
         let target = format!("rsync://{}:{RSYNC_PORT}/images/", to.address);
         let mut command = from.command("rsync");
