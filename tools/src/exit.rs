@@ -199,9 +199,11 @@ impl From<&StoreError> for Exit {
             StoreError::Io { .. } | StoreError::Busy(_) => Self::Storage,
             StoreError::Foreign(_) | StoreError::NotYours(_) => Self::Storage,
             StoreError::Sink(_) | StoreError::Unseen { .. } => Self::Storage,
-            StoreError::NotAStore(_) | StoreError::NoSuchSet(_) | StoreError::Damaged { .. } => {
-                Self::Set
-            }
+            StoreError::NotAStore(_)
+            | StoreError::Gone(_)
+            | StoreError::NoSuchSet(_)
+            | StoreError::Damaged { .. } => Self::Set,
+            StoreError::Overtaken(_) => Self::Destination,
         }
     }
 }

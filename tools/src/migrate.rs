@@ -118,6 +118,7 @@ fn options(
         dry_run: args.dry_run,
         bytes_per_s: args.link.bwlimit.map(|rate| rate.0),
         read_bytes_per_s: Some(args.link.read_limit.0),
+        mode: args.mode.into(),
         work: args.work.clone().unwrap_or_else(work_directory),
         state: args.safety.state.clone().unwrap_or_else(key::records),
         guard: own_guard(),

@@ -262,8 +262,14 @@ impl<S: State> Journal<S> {
         Ok(found)
     }
 
-    fn directory_of(root: &Path, id: MigrationId) -> PathBuf {
+    /// Where the directory of migration `id` is, or will be.
+    pub(crate) fn directory_of(root: &Path, id: MigrationId) -> PathBuf {
         root.join(format!("{}-{id}", S::SIDE))
+    }
+
+    /// Steps are not brought to disk any more: what they are about does not outlive this boot.
+    pub fn forget_with_boot(&mut self) {
+        self.durable = false;
     }
 
     /// Which migration.

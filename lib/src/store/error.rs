@@ -31,6 +31,9 @@ pub enum StoreError {
     /// The directory is no receiving directory.
     #[error("{} is not a receiving directory (it has no .crxfer); name the directory that `crxfer recv --dir` was given", .0.display())]
     NotAStore(PathBuf),
+    /// The sets were in the memory of a process that has ended.
+    #[error("{}: its sets were in the memory of a `crxfer recv` that has ended, and are gone", .0.display())]
+    Gone(PathBuf),
     /// Something that crxfer did not receive has the name.
     #[error("{} exists and was not received by crxfer; move it away or send with another --name", .0.display())]
     Foreign(PathBuf),

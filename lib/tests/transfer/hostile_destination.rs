@@ -300,6 +300,7 @@ fn options(pid: u32, work: &Path, target: Target, events: MigrateEvents) -> Migr
         dry_run: false,
         bytes_per_s: None,
         read_bytes_per_s: None,
+        mode: crxfer::transfer::migrate::Mode::Disk,
         work: work.to_owned(),
         // Beside it: in the work directory nothing may be left.
         state: work.with_file_name("state"),

@@ -36,11 +36,9 @@ impl Driver<'_> {
     ) -> Result<Outgoing, MigrateError> {
         let begun = self.clock.now_ns();
         let number = self.session.prepare_final(Instant::now());
-        let place = DumpPlace::create(&self.options.work, &self.id.to_string());
-        let mut place = place.map_err(|source| MigrateError::Work {
-            path: self.options.work.clone(),
-            source,
-        })?;
+        let work = self.work_path();
+        let place = DumpPlace::create(&work, &self.id.to_string());
+        let mut place = place.map_err(|source| MigrateError::Work { path: work, source })?;
         if self.options.external.is_some() {
             place.serves(self.options.pid);
         }
