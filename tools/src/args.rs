@@ -2,6 +2,7 @@
 
 mod migrate;
 mod recover;
+mod stream;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use crate::size::{Bytes, Rate};
 
 pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
+pub(crate) use self::stream::{CaptureArgs, ServeArgs, StreamArgs, StreamCommand, VoteArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -52,6 +54,7 @@ pub(crate) enum Command {
     Recover(Box<RecoverArgs>),
     Status(StatusArgs),
     Send(SendArgs),
+    Stream(StreamArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),

@@ -18,6 +18,7 @@ mod send;
 mod sets;
 mod size;
 mod stop;
+mod stream;
 mod summary;
 mod target;
 mod verify;
@@ -65,6 +66,7 @@ fn run(command: Command) -> Result<(), Failed> {
         Command::Status(args) => recover::status(&args),
         Command::Guard(args) => recover::guard(&args),
         Command::Send(args) => block_on(send::run(args), LAST_READ),
+        Command::Stream(args) => block_on(stream::run(args), LAST_READ),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => inspect::diff(&args),

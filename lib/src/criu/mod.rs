@@ -13,6 +13,8 @@
 //! - [`causes`] turns CRIU's own words into a sentence that says what to do.
 //! - [`page_server`] is the protocol in which CRIU sends memory, as a state machine without I/O;
 //!   [`page_client`] reads it from a socket and hands the pages to a [`page_client::PageSink`].
+//! - [`streamer`] is an image streamer: takes all images of a dump through pipes, and gives them to a
+//!   restore.
 //! - [`network_lock`] removes the firewall rules that CRIU leaves behind.
 //!
 //! Everything blocks and needs no runtime: one plain thread for a worker, one for its memory.
@@ -28,6 +30,7 @@ pub mod page_server;
 mod process;
 pub mod rpc;
 mod stage;
+pub mod streamer;
 #[cfg(test)]
 pub(crate) mod testing;
 
