@@ -46,7 +46,8 @@ async fn capture(args: CaptureArgs) -> Result<(), Failed> {
         allow_many_pipes();
         let progress = Arc::new(Progress::new(json));
         let (options, _script) = prepare(&args, &progress).await?;
-        let result = stream_capture(options, |moment| tell(&args, moment)).await;
+        let directory = options.directory.clone();
+        let result = stream_capture(options, |moment| tell(&args, &directory, moment)).await;
         progress.finish();
         Ok(result?)
     };
@@ -109,8 +110,7 @@ async fn prepare(
     Ok((options, script))
 }
 
-fn tell(args: &CaptureArgs, moment: StreamMoment) {
-    let directory = &args.directory;
+fn tell(args: &CaptureArgs, directory: &Path, moment: StreamMoment) {
     let script = directory.join(ACTION);
     // Nobody at the other end of stdout is no reason to let a dump fail.
     let _ = match moment {
@@ -161,15 +161,16 @@ async fn serve(args: ServeArgs) -> Result<(), Failed> {
     allow_many_pipes();
     let set = FlatView::new(open(&args)?)?;
     Serve::check(&set)?;
-    let (serve, stopper) = Serve::listen(&made(&args.directory)?)?;
+    let directory = made(&args.directory)?;
+    let (serve, stopper) = Serve::listen(&directory)?;
     let mut stop = Stop::catch()?;
     if args.json {
         output::json(&json!({
             "event": "listening",
-            "directory": args.directory.to_string_lossy(),
+            "directory": directory.to_string_lossy(),
         }))?;
     } else {
-        let directory = args.directory.display();
+        let directory = directory.display();
         hint(&format!("now: criu restore --stream -D {directory} …"));
     }
     let serving = tokio::task::spawn_blocking(move || serve.serve(&set));

@@ -229,11 +229,15 @@ impl Capture {
                 Read::Later => self.voters.push(voter),
                 Read::End => {}
                 Read::Got(Word::Announce) => self.admit(voter)?,
-                // A second one, or one before CRIU has connected, is of another dump.
-                Read::Got(Word::Vote) if self.vote.is_some() || self.criu.is_none() => {
-                    voter.into_vote().refuse("no dump is taken here");
+                Read::Got(Word::Vote) => {
+                    // Its CRIU has connected before, and may not have been looked at yet.
+                    self.meet_criu()?;
+                    if self.vote.is_some() || self.criu.is_none() {
+                        voter.into_vote().refuse("no dump is taken here");
+                    } else {
+                        self.vote = Some(voter.into_vote());
+                    }
                 }
-                Read::Got(Word::Vote) => self.vote = Some(voter.into_vote()),
             }
         }
         Ok(())
