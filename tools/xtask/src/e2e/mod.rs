@@ -5,6 +5,7 @@
 
 mod migrate;
 mod restore;
+mod streamer;
 mod trouble;
 mod volume;
 
@@ -73,6 +74,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     volume::cases(&context, &mut report);
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
+    streamer::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
     Ok(report.tally)
 }
