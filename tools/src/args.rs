@@ -3,6 +3,7 @@
 mod container;
 mod migrate;
 mod recover;
+mod stream;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use crate::size::{Bytes, Rate};
 pub(crate) use self::container::{ContainerArgs, RuncSetupArgs, RuntimeArgs};
 pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
+pub(crate) use self::stream::{CaptureArgs, ServeArgs, StreamArgs, StreamCommand, VoteArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -55,6 +57,7 @@ pub(crate) enum Command {
     Recover(Box<RecoverArgs>),
     Status(StatusArgs),
     Send(SendArgs),
+    Stream(StreamArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io;
 
+use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::live::LiveError;
@@ -10,9 +11,9 @@ use crxfer::preflight::PreflightError;
 use crxfer::session::SessionError;
 use crxfer::session::migration::Owner;
 use crxfer::store::StoreError;
-use crxfer::transfer::TransferError;
 use crxfer::transfer::finish::FinishError;
 use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
+use crxfer::transfer::{StreamError, TransferError};
 use crxfer::transport::{
     AttemptError, BindError, CloseCode, ConnectError, IdentityError, TransportError,
 };
@@ -81,11 +82,11 @@ impl Exit {
         ),
         (
             Self::GivenUp,
-            "migrate: given up by --deadline, --on-slow or --max-iterations; the workload runs on here",
+            "migrate: given up by --deadline, --on-slow or --max-iterations; stream: refused; the workload runs on here",
         ),
         (
             Self::Criu,
-            "migrate: CRIU failed, here or there; the workload runs on here",
+            "migrate, stream: CRIU failed, here or there; the workload runs on here",
         ),
         (
             Self::InDoubt,
@@ -97,7 +98,7 @@ impl Exit {
         ),
         (
             Self::FreezeLimit,
-            "migrate: frozen for --freeze-limit; the workload runs on here",
+            "migrate, stream: frozen for --freeze-limit; the workload runs on here",
         ),
         (Self::Stopped, "stopped by Ctrl-C or SIGTERM"),
     ];
@@ -159,6 +160,36 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Hook(_) => Self::Hook,
             MigrateError::GivenUp(_) => Self::GivenUp,
             MigrateError::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl From<&StreamError> for Exit {
+    fn from(error: &StreamError) -> Self {
+        match error {
+            StreamError::Streamer(error) => error.into(),
+            StreamError::Transfer { error, .. } => error.into(),
+            StreamError::Memory(_) => Self::Storage,
+            StreamError::Late(_) => Self::FreezeLimit,
+            StreamError::Unheard => Self::Criu,
+        }
+    }
+}
+
+impl From<&StreamerError> for Exit {
+    fn from(error: &StreamerError) -> Self {
+        match error {
+            StreamerError::Image(error) => error.into(),
+            StreamerError::Incomplete { .. } => Self::Set,
+            StreamerError::Public(_) | StreamerError::LongPath(_) => Self::Usage,
+            StreamerError::Io { .. } | StreamerError::Busy(_) | StreamerError::Full { .. } => {
+                Self::Storage
+            }
+            StreamerError::Stopped => Self::Stopped,
+            StreamerError::NoCapture(_) | StreamerError::NoVerdict | StreamerError::Refused(_) => {
+                Self::GivenUp
+            }
+            _ => Self::Criu,
         }
     }
 }

@@ -20,6 +20,7 @@ mod send;
 mod sets;
 mod size;
 mod stop;
+mod stream;
 mod summary;
 mod target;
 mod verify;
@@ -71,6 +72,7 @@ fn run(command: Command) -> Result<(), Failed> {
         Command::Guard(args) => recover::guard(&args),
         Command::Action => unreachable!("done before"),
         Command::Send(args) => block_on(send::run(args), LAST_READ),
+        Command::Stream(args) => block_on(stream::run(args), LAST_READ),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => inspect::diff(&args),

@@ -36,8 +36,8 @@ impl Side {
 
 #[derive(Debug)]
 enum Record {
-    Source(Journal<SourceState>, History<SourceState>),
-    Destination(Journal<DestinationState>, History<DestinationState>),
+    Source(Journal<SourceState>, Box<History<SourceState>>),
+    Destination(Journal<DestinationState>, Box<History<DestinationState>>),
 }
 
 /// One migration of which there is a record.

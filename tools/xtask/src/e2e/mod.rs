@@ -6,6 +6,7 @@
 mod lxc;
 mod migrate;
 mod restore;
+mod streamer;
 mod trouble;
 mod volume;
 
@@ -74,6 +75,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     volume::cases(&context, &mut report);
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
+    streamer::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
     lxc::cases(&context, &mut report);
     Ok(report.tally)
