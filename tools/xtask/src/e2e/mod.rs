@@ -3,6 +3,7 @@
 //! Each case has hosts and a directory of its own. Cases that need only root run where CRIU does not
 //! work; what is left out is said in one line.
 
+mod docker;
 mod migrate;
 mod restore;
 mod trouble;
@@ -74,6 +75,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
+    docker::cases(&context, &mut report);
     Ok(report.tally)
 }
 
