@@ -104,6 +104,7 @@ pub mod live;
 pub mod page;
 pub mod precopy;
 pub mod preflight;
+pub mod runtime;
 pub mod session;
 pub mod standby;
 pub mod store;

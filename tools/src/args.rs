@@ -1,5 +1,6 @@
 //! The command line: what may be written, and what `--help` teaches.
 
+mod container;
 mod migrate;
 mod recover;
 
@@ -16,6 +17,7 @@ use crxfer::wire::Layout;
 use crate::exit;
 use crate::size::{Bytes, Rate};
 
+pub(crate) use self::container::{ContainerArgs, RuntimeArgs};
 pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
 
@@ -63,6 +65,9 @@ pub(crate) enum Command {
     Man(ManArgs),
     #[command(hide = true)]
     Guard(GuardArgs),
+    /// What CRIU's action-script calls: asks the migration whether CRIU may go on
+    #[command(hide = true)]
+    Action,
 }
 
 /// Receive image directories and, with --allow-restore, running process trees

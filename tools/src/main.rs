@@ -2,7 +2,9 @@
 //!
 //! Nothing here decides about a transfer; what it does stands in the crate `crxfer`.
 
+mod action;
 mod args;
+mod container;
 mod error;
 mod exit;
 mod generate;
@@ -41,6 +43,9 @@ const LAST_READ: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Command::Action = cli.command {
+        return action::run();
+    }
     log_to_stderr(cli.verbose);
     match run(cli.command) {
         Ok(()) => Exit::Done.code().into(),
@@ -64,6 +69,7 @@ fn run(command: Command) -> Result<(), Failed> {
         Command::Recover(args) => block_on(recover::recover(*args), LAST_READ),
         Command::Status(args) => recover::status(&args),
         Command::Guard(args) => recover::guard(&args),
+        Command::Action => unreachable!("done before"),
         Command::Send(args) => block_on(send::run(args), LAST_READ),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),

@@ -11,6 +11,7 @@ use crxfer::transfer::{Event, Events, ReceiveOptions, Received, Receiver, Restor
 use serde_json::{Value, json};
 
 use crate::args::{RecvArgs, RestoreArgs};
+use crate::container;
 use crate::error::Failed;
 use crate::key;
 use crate::output::{self, hint};
@@ -64,6 +65,7 @@ fn restore_host(args: &RestoreArgs) -> Result<Option<RestoreHost>, Failed> {
         program: args.criu.clone(),
         config_file: args.criu_config.clone(),
         hooks,
+        runtimes: container::runtimes(&args.runtimes)?,
     }))
 }
 

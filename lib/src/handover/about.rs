@@ -27,6 +27,9 @@ pub struct SourceAbout {
     pub foreign_tables: Vec<String>,
     /// Process of `criu`, and when it was started.
     pub criu: Option<Process>,
+    /// The command that starts CRIU in the place of a CRIU of our own: it leads a process group.
+    #[serde(default)]
+    pub command: Option<Process>,
     /// The fence, once there is one.
     pub fence: Option<Fence>,
     /// What to do where the destination cannot be reached.
@@ -54,6 +57,12 @@ pub struct DestinationAbout {
     pub facts: Vec<u8>,
     /// What CRIU must be told, as the source asked.
     pub options: crate::wire::RestoreOptions,
+    /// The command that builds the copy in the place of a CRIU of our own.
+    #[serde(default)]
+    pub runtime: Option<crate::runtime::RestoreCommand>,
+    /// The container's name, for that command.
+    #[serde(default)]
+    pub container: String,
     /// CRIU.
     pub program: PathBuf,
     /// A file of CRIU options of this host.

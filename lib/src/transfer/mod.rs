@@ -8,6 +8,7 @@ mod clock;
 mod costs;
 mod error;
 mod event;
+pub mod external;
 mod files;
 pub mod finish;
 pub mod guard;

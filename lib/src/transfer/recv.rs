@@ -30,6 +30,7 @@ use super::event::{Event, Events};
 use super::guard::{Guard, GuardProgram, GuardSide};
 use crate::hooks::Hooks;
 use crate::identity::Fingerprint;
+use crate::runtime::RestoreCommand;
 use crate::store::{ServingLock, Store, Tried as _};
 use crate::ticket::{Secret, Ticket};
 use crate::transport::{self, BindError, CloseCode, Identity, Incoming, Server, Trust};
@@ -77,6 +78,8 @@ pub struct RestoreHost {
     pub config_file: Option<PathBuf>,
     /// Commands at named moments.
     pub hooks: Hooks,
+    /// Commands that restore in the place of CRIU, each for one runtime that offers may name.
+    pub runtimes: Vec<RestoreCommand>,
 }
 
 /// A receiving directory with an open socket.

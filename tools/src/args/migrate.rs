@@ -11,6 +11,7 @@ use crxfer::identity::Fingerprint;
 use crxfer::precopy::{Goals, OnSlow};
 use crxfer::transfer::migrate::Precopy;
 
+use super::container::{ContainerArgs, RuntimeArgs};
 use super::recover::SafetyArgs;
 use super::{TransportArgs, set_name};
 use crate::exit;
@@ -39,8 +40,9 @@ Examples:
 #[command(after_help = EXAMPLES, after_long_help = exit::help(EXAMPLES))]
 pub(crate) struct MigrateArgs {
     /// Root of the process tree
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) pid: u32,
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..),
+        required_unless_present = "runc")]
+    pub(crate) pid: Option<u32>,
 
     /// A ticket, @FILE that holds one, - to read one from stdin, or HOST:PORT (needs --peer)
     #[arg(long, value_name = "TICKET|@FILE|-|HOST:PORT")]
@@ -88,6 +90,9 @@ pub(crate) struct MigrateArgs {
 
     #[command(flatten)]
     pub(crate) criu: CriuArgs,
+
+    #[command(flatten)]
+    pub(crate) container: ContainerArgs,
 
     #[command(flatten)]
     pub(crate) hooks: HookArgs,
@@ -256,6 +261,9 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "S", default_value = "5", requires = "allow_restore",
         value_parser = seconds)]
     pub(crate) hook_timeout: Duration,
+
+    #[command(flatten)]
+    pub(crate) runtimes: RuntimeArgs,
 }
 
 /// `--precopy`.

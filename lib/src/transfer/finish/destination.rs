@@ -268,7 +268,11 @@ fn build(
 ) -> Result<Alive, String> {
     // What a failing CRIU leaves must be found below this process.
     orphans::adopt();
-    let worker = restore::prepare(&about.program).map_err(|error| error.to_string())?;
+    let worker = match wanted_by_command(about) {
+        Some(wanted) => restore::prepare_command(&wanted),
+        None => restore::prepare(&about.program),
+    };
+    let worker = worker.map_err(|error| error.to_string())?;
     let criu = Process::of(worker.pid());
     if let Some(criu) = criu {
         note_criu(criu).map_err(|error| error.to_string())?;
@@ -300,6 +304,16 @@ fn build(
             }
         }
     }
+}
+
+fn wanted_by_command(about: &DestinationAbout) -> Option<restore::Wanted> {
+    Some(restore::Wanted {
+        runtime: about.runtime.clone()?,
+        name: about.name.clone(),
+        container: about.container.clone(),
+        options: about.options.clone(),
+        place: about.place.clone(),
+    })
 }
 
 /// Ends what is left of a copy that was never let go; says what that was. Its images stay. Blocks.

@@ -64,6 +64,7 @@ fn sample_about() -> crate::handover::journal::SourceAbout {
         run_id: None,
         foreign_tables: Vec::new(),
         criu: None,
+        command: None,
         fence: None,
         on_partition: crate::handover::OnPartition::Hold,
         partition_wait_ms: 0,

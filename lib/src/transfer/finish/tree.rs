@@ -10,6 +10,7 @@ use rustix::process::Signal;
 use crate::criu::network_lock;
 use crate::handover::journal::SourceAbout;
 use crate::preflight::Stat;
+use crate::transfer::external::{action, command};
 use crate::tree::{self, FenceError, Process, Tree, boot_id, within};
 
 /// How long a CRIU that has lost its caller may take to let the tree go by itself. It does that more
@@ -32,8 +33,20 @@ pub(in crate::transfer) fn await_gone(processes: &[Process], longest: Duration) 
     left
 }
 
-/// Ends a CRIU that still has the tree.
+/// Ends a CRIU that still has the tree, and the command that has started it, if one has.
 fn end_criu(about: &SourceAbout, may_finish: bool) -> Result<(), String> {
+    let ended = end_criu_itself(about, may_finish);
+    if let Some(leader) = about.command.filter(|_| about.tree.boot == boot_id()) {
+        // Its own tidying: a runtime forgets a container that it has seen end.
+        if may_finish {
+            await_gone(&[leader], KERNEL_TIME);
+        }
+        command::kill_group(leader);
+    }
+    ended
+}
+
+fn end_criu_itself(about: &SourceAbout, may_finish: bool) -> Result<(), String> {
     let Some(criu) = about.criu.filter(|_| about.tree.boot == boot_id()) else {
         return Ok(());
     };
@@ -187,6 +200,9 @@ pub(in crate::transfer) fn pre_dumps(work: &Path) -> PathBuf {
 }
 
 fn remove_images(about: &SourceAbout) {
+    if let Some(root) = about.tree.processes.first() {
+        action::unregister(root.pid, &about.work);
+    }
     let _ = fs::remove_dir_all(pre_dumps(&about.work));
     let _ = fs::remove_dir_all(&about.work);
 }

@@ -21,6 +21,7 @@ use crate::criu::CriuOptions;
 use crate::handover::OnPartition;
 use crate::hooks::Hooks;
 use crate::precopy::{Goals, Prediction};
+use crate::runtime::DumpCommand;
 use crate::transport::{self, Identity};
 
 pub use driver::migrate;
@@ -45,6 +46,8 @@ pub struct MigrateOptions {
     pub goals: Goals,
     /// After this long frozen the tree resumes here, whatever the other side does.
     pub freeze_limit: Duration,
+    /// Dumps the tree in the place of a CRIU of our own, as a container's runtime does.
+    pub external: Option<DumpCommand>,
     /// The program CRIU.
     pub program: PathBuf,
     /// What CRIU is told on both sides (`config_file` only here).

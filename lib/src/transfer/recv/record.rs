@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::{RestoreHost, Shared};
 use crate::handover::journal::DestinationAbout;
 use crate::handover::{DestinationState, Journal, JournalError, Keep, Lease};
+use crate::runtime::RestoreCommand;
 use crate::transfer::TransferError;
 use crate::transfer::finish::record_running;
 use crate::transport::Connection;
@@ -31,6 +32,7 @@ impl Record {
         connection: &Connection,
         host: &RestoreHost,
         offer: &Offer,
+        runtime: Option<RestoreCommand>,
         place: PathBuf,
     ) -> Result<Self, JournalError> {
         let limit = host.hooks.time_limit().as_millis();
@@ -41,6 +43,8 @@ impl Record {
             place,
             facts: offer.facts.clone(),
             options: offer.options.clone(),
+            runtime,
+            container: offer.container.clone(),
             program: from_anywhere(&host.program),
             config_file: host.config_file.as_deref().map(absolute),
             hooks: host.hooks.commands(),

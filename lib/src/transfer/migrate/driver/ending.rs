@@ -63,7 +63,9 @@ impl Driver<'_> {
             self.meet_to_abort(left).await
         };
         self.close_record(is_clean).await;
-        if let (MigrateError::Criu(CriuError::Failed(_)), Some(place)) = (&error, &mut self.place) {
+        if let (MigrateError::Criu(CriuError::Failed(_) | CriuError::Command { .. }), Some(place)) =
+            (&error, &mut self.place)
+        {
             place.keep_logs();
         }
         Err(MigrateFailure {

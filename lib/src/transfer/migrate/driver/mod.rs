@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use self::safety::CriuEnd;
-use super::freeze::{self, DumpPlace, Frozen, Moment};
+use super::freeze::{self, DumpPlace, Dumper, Frozen, Images, Moment};
 use super::iterate::Parent;
 use super::record::{FencingError, Records};
 use super::report::{Host, HostCheck, MigrationReport, Outcome, PhaseReport, may_begin};
@@ -202,6 +202,8 @@ struct Driver<'a> {
     guard: Option<Guard>,
     fencing: Option<JoinHandle<Result<(), FencingError>>>,
     place: Option<DumpPlace>,
+    // Where a command has made them.
+    dumped_images: Option<Images>,
     // Of the final dump; and whether there is one.
     parent: Option<Parent>,
     is_chained: bool,
@@ -234,6 +236,7 @@ impl<'a> Driver<'a> {
             format!("{}-{}", comm.trim(), options.pid)
         });
         let page = PageSize::of_host();
+        let external = options.external.as_ref();
         let offer = Offer {
             id,
             name: name.clone(),
@@ -243,8 +246,8 @@ impl<'a> Driver<'a> {
             options: restore_options(&options.criu),
             dry_run: options.dry_run,
             keeping: crate::wire::Keeping::AsSet,
-            runtime: String::new(),
-            container: String::new(),
+            runtime: external.map_or_else(String::new, |it| it.runtime.clone()),
+            container: external.map_or_else(String::new, |it| it.container.clone()),
         };
         let goals = Goals {
             freeze_limit: Some(options.freeze_limit),
@@ -305,6 +308,7 @@ impl<'a> Driver<'a> {
             guard: None,
             fencing: None,
             place: None,
+            dumped_images: None,
             parent: None,
             is_chained: false,
             dump_took: Duration::ZERO,
@@ -325,11 +329,15 @@ impl<'a> Driver<'a> {
         self.touched = true;
         self.hook(hooks::Moment::BeforeFirstIteration).await?;
         let program = self.options.program.clone();
-        let preparing = spawn_blocking(move || freeze::prepare(&program));
+        let external = self.options.external.clone();
+        let preparing = spawn_blocking(move || match external {
+            Some(dump) => Ok(Dumper::Command(Box::new(dump))),
+            None => freeze::prepare(&program).map(Dumper::Own),
+        });
         let outgoing = self.iterations().await?;
         self.hook(hooks::Moment::BeforeFreeze).await?;
-        let prepared = self.job(preparing).await??;
-        let outgoing = self.freeze(outgoing, prepared).await?;
+        let dumper = self.job(preparing).await??;
+        let outgoing = self.freeze(outgoing, dumper).await?;
         self.hand_over(outgoing).await
     }
 
