@@ -52,6 +52,14 @@ pub(crate) const NGINX: Needed = Needed {
     program: "nginx",
     package: "nginx",
 };
+pub(crate) const DOCKER: Needed = Needed {
+    program: "dockerd",
+    package: "docker.io",
+};
+pub(crate) const NODE: Needed = Needed {
+    program: "node",
+    package: "nodejs",
+};
 
 /// Installs what is missing of `needed`, and says so. Needs root only if something is missing.
 pub(crate) fn ensure(needed: &[Needed]) -> Result<()> {

@@ -12,6 +12,7 @@ mod client;
 mod criu;
 mod crxfer;
 mod demo;
+mod docker;
 mod e2e;
 mod hosts;
 mod kill;

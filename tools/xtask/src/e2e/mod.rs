@@ -3,6 +3,7 @@
 //! Each case has hosts and a directory of its own. Cases that need only root run where CRIU does not
 //! work; what is left out is said in one line.
 
+mod docker;
 mod lxc;
 mod migrate;
 mod restore;
@@ -78,6 +79,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     streamer::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
     lxc::cases(&context, &mut report);
+    docker::cases(&context, &mut report);
     Ok(report.tally)
 }
 
