@@ -105,7 +105,7 @@ impl Store {
                 false => StoreError::NotAStore(root.to_owned()),
             });
         }
-        let root = fs::canonicalize(root).tried("find", root)?;
+        let root = crate::sink::real_path(root).tried("find", root)?;
         let durable = crate::sys::is_durable(&root).tried("examine", &root)?;
         Ok(Self {
             home: root.clone(),
