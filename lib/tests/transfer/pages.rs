@@ -145,7 +145,10 @@ async fn generations_build_on_each_other_by_content() {
     let spaces = vec![full(TASK, 1..=40), full(SHMEM, [7, 8])];
     let (parents, stored) = upload(&options, spaces).await;
     assert_eq!(parents, [false, false]);
-    assert_eq!((stored.generation, stored.pages, stored.fresh_pages), (1, 42, 42));
+    assert_eq!(
+        (stored.generation, stored.pages, stored.fresh_pages),
+        (1, 42, 42)
+    );
     let record = current(dir.path());
     assert_eq!((record.completeness.as_str(), record.base), ("pages", None));
     assert_eq!(
@@ -211,6 +214,19 @@ async fn pages_that_criu_leaves_out_are_those_of_the_generation_before() {
     // That dump has reset what the kernel tracks: the next one must be whole.
     let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
     assert_eq!(parents, [false]);
+    // One that never began has not.
+    for drops in [true, false] {
+        let (options, handle) = (options.clone(), Handle::current());
+        let nothing = move || {
+            let upload = PagesUpload::connect(options, handle).unwrap();
+            if drops {
+                return drop(upload);
+            }
+            upload.finish().expect_err("nothing came");
+        };
+        tokio::task::spawn_blocking(nothing).await.unwrap();
+        to.settled().await;
+    }
     let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
     assert_eq!(parents, [true]);
     to.stop().await;
@@ -275,7 +291,10 @@ async fn a_directory_with_memory_is_an_ordinary_generation() {
     let whole = scratch.path().join("web");
     images::write_dump(&whole, &[5, 6]);
     let sent = peer.send(&whole, &to).await.published;
-    assert_eq!((sent.completeness.as_str(), sent.generation), ("complete", 2));
+    assert_eq!(
+        (sent.completeness.as_str(), sent.generation),
+        ("complete", 2)
+    );
     assert_eq!(memory(&to.set("web")), memory(&whole));
     to.stop().await;
 }

@@ -25,10 +25,8 @@ use crate::transfer::TransferError;
 use crate::transfer::assemble::DEEPEST;
 use crate::transfer::chain::StoredChain;
 use crate::transfer::event::{Event, Received};
-use crate::transport::{Connection, ControlSender, TransportError};
-use crate::wire::{
-    Generation, HeldRun, Layout, PagesHeld, PagesOffer, PagesStored, held_messages,
-};
+use crate::transport::{CloseCode, Connection, ControlSender, TransportError};
+use crate::wire::{Generation, HeldRun, Layout, PagesHeld, PagesOffer, PagesStored, held_messages};
 
 /// Takes one dump, or nothing of it.
 pub(super) async fn serve(
@@ -93,6 +91,8 @@ struct Driver<'a> {
     place: Option<Place>,
     base: Option<Base>,
     begun: bool,
+    // The source has left without a dump: one that has begun is never given up in silence.
+    withdrawn: bool,
     dumped: Option<DumpedPages>,
 }
 
@@ -113,6 +113,7 @@ impl<'a> Driver<'a> {
             place: None,
             base: None,
             begun: false,
+            withdrawn: false,
             dumped: None,
         }
     }
@@ -157,7 +158,17 @@ impl<'a> Driver<'a> {
                 let message = message.map_err(SessionError::from)?;
                 self.session.handle_message(Instant::now(), message)?;
             }
-            Some(Input::ControlEnded(_)) | None if self.session.is_over() => return Ok(true),
+            Some(Input::ControlEnded(ended)) if self.session.is_over() => {
+                self.withdrawn = matches!(
+                    ended,
+                    Some(TransportError::PeerClosed {
+                        code: CloseCode::Done,
+                        ..
+                    })
+                );
+                return Ok(true);
+            }
+            None if self.session.is_over() => return Ok(true),
             Some(Input::ControlEnded(Some(error))) => return Err(error.into()),
             Some(Input::ControlEnded(None)) | None => return Err(TransportError::CutShort.into()),
             Some(Input::Failed(error)) => return Err(error),
@@ -268,7 +279,8 @@ impl<'a> Driver<'a> {
     // Nothing is written any more, and nothing half stored is left, when this returns.
     async fn end(&mut self) {
         let (receiving, place) = (self.receiving.take(), self.place.take());
-        let unbegun = self.base.take().filter(|base| base.continues && !self.begun);
+        let is_unbegun = self.withdrawn && !self.begun;
+        let unbegun = self.base.take().filter(|base| base.continues && is_unbegun);
         let store = self.shared.store.clone();
         let ending = spawn_blocking(move || {
             if let Some(receiving) = receiving {
@@ -284,11 +296,7 @@ impl<'a> Driver<'a> {
 }
 
 // Makes room, and finds what the name has.
-fn prepare(
-    shared: &Shared,
-    peer: [u8; 32],
-    offer: &PagesOffer,
-) -> Result<Prepared, TransferError> {
+fn prepare(shared: &Shared, peer: [u8; 32], offer: &PagesOffer) -> Result<Prepared, TransferError> {
     let (store, page) = (&shared.store, offer.page_size);
     store.check_may_publish(offer.name.as_str(), &peer, shared.pinned)?;
     let found = find_base(store, peer, offer)?;
@@ -305,10 +313,11 @@ fn prepare(
         }
         None => (None, HeldPages::default()),
     };
-    let is_known = offer.known == base.as_ref().map(|base| Generation {
-        number: base.record.generation,
-        root: base.record.root,
-    });
+    let is_known = offer.known
+        == base.as_ref().map(|base| Generation {
+            number: base.record.generation,
+            root: base.record.root,
+        });
     let listing = if is_known { Vec::new() } else { list(&held) };
     let standby = Standby::building_on(&directory, page, held, shared.max_set_bytes)?;
     Ok(Prepared {
