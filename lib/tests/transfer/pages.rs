@@ -84,7 +84,7 @@ fn dump(mut socket: UnixStream, spaces: &[Space], closes: bool) -> Heard {
     heard
 }
 
-fn options(peer: &Peer, to: &Destination) -> PagesOptions {
+pub(crate) fn options(peer: &Peer, to: &Destination) -> PagesOptions {
     PagesOptions {
         target: Target::Ticket(to.ticket()),
         name: SetName::new("web").unwrap(),
@@ -152,7 +152,7 @@ async fn generations_build_on_each_other_by_content() {
     let record = current(dir.path());
     assert_eq!((record.completeness.as_str(), record.base), ("pages", None));
     assert_eq!(
-        Chain::open(&to.set("web"), None).unwrap().completeness(),
+        Chain::open(to.set("web"), None).unwrap().completeness(),
         Completeness::PagesOnly
     );
 
@@ -251,7 +251,7 @@ async fn the_small_images_make_it_complete_in_every_layout() {
         let whole = scratch.path().join("whole");
         images::write_dump(&whole, &numbers);
         assert_eq!(memory(&to.set("web")), memory(&whole), "{layout:?}");
-        let chain = Chain::open(&to.set("web"), None).unwrap();
+        let chain = Chain::open(to.set("web"), None).unwrap();
         assert_eq!(chain.completeness(), Completeness::Complete);
         assert_eq!(chain.levels().len() == 1, layout == Layout::Flat);
         assert!(is_sound(dir.path()), "{layout:?}");
