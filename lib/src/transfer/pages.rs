@@ -90,6 +90,8 @@ pub struct PagesUpload {
     // Memories of which CRIU may leave out what did not change since they were stored.
     held: BTreeSet<PagemapName>,
     memory: PagesMemory,
+    // CRIU has said something: its dump resets the kernel's tracking, whatever becomes of it.
+    begun: bool,
     stored: Option<PagesStored>,
     failed: Option<TransferError>,
     // Of what was stored: for the next dump.
@@ -155,6 +157,7 @@ impl PagesUpload {
             outcome: Some(begun.outcome),
             held,
             memory: options.memory,
+            begun: false,
             stored: None,
             failed: None,
             compared: None,
@@ -173,9 +176,11 @@ impl PagesUpload {
     pub fn finish(mut self) -> Result<PagesStored, TransferError> {
         let result = match self.stored.take() {
             Some(stored) => Ok(stored),
+            None if !self.begun => Err(TransferError::Cancelled),
             None => Err(self.why_not()),
         };
         let (code, reason) = match &result {
+            Err(_) if !self.begun => (CloseCode::Done, String::new()),
             Ok(_) => (CloseCode::Done, String::new()),
             Err(error) => (error.close_code(), error.to_string()),
         };
@@ -202,7 +207,8 @@ impl PagesUpload {
         }
     }
 
-    fn pass_on(&self, piece: Piece) -> Result<(), SinkError> {
+    fn pass_on(&mut self, piece: Piece) -> Result<(), SinkError> {
+        self.begun = true;
         let pieces = self.pieces.as_ref().ok_or("it has ended")?;
         let sent = pieces.send(piece);
         // What is wrong, `finish` says.
@@ -210,6 +216,8 @@ impl PagesUpload {
     }
 
     fn close_all(&mut self) -> Result<PagesStored, TransferError> {
+        // First: the answer may come as soon as the end is on the stream.
+        self.watch.ended();
         let sent = self.pass_on(Piece::End);
         self.pieces = None;
         let comparing = self.comparing.take().ok_or(TransferError::Cancelled)?;
@@ -223,7 +231,6 @@ impl PagesUpload {
                 return Err(error);
             }
         };
-        self.watch.ended();
         let outcome = self.outcome.take().ok_or(TransferError::Cancelled)?;
         let stored = outcome.blocking_recv();
         let stored = stored.map_err(|_| TransferError::Cancelled)??;
@@ -240,6 +247,15 @@ impl PagesUpload {
             };
             let known = compared.outgoing.into_known();
             self.memory.put(Remembered { generation, known });
+        }
+    }
+}
+
+impl Drop for PagesUpload {
+    fn drop(&mut self) {
+        if !self.begun {
+            // Nothing is lost by that.
+            self.connection.0.close(CloseCode::Done, "");
         }
     }
 }

@@ -84,7 +84,7 @@ fn dump(mut socket: UnixStream, spaces: &[Space], closes: bool) -> Heard {
     heard
 }
 
-fn options(peer: &Peer, to: &Destination) -> PagesOptions {
+pub(crate) fn options(peer: &Peer, to: &Destination) -> PagesOptions {
     PagesOptions {
         target: Target::Ticket(to.ticket()),
         name: SetName::new("web").unwrap(),
@@ -152,7 +152,7 @@ async fn generations_build_on_each_other_by_content() {
     let record = current(dir.path());
     assert_eq!((record.completeness.as_str(), record.base), ("pages", None));
     assert_eq!(
-        Chain::open(&to.set("web"), None).unwrap().completeness(),
+        Chain::open(to.set("web"), None).unwrap().completeness(),
         Completeness::PagesOnly
     );
 
@@ -214,6 +214,19 @@ async fn pages_that_criu_leaves_out_are_those_of_the_generation_before() {
     // That dump has reset what the kernel tracks: the next one must be whole.
     let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
     assert_eq!(parents, [false]);
+    // One that never began has not.
+    for drops in [true, false] {
+        let (options, handle) = (options.clone(), Handle::current());
+        let nothing = move || {
+            let upload = PagesUpload::connect(options, handle).unwrap();
+            if drops {
+                return drop(upload);
+            }
+            upload.finish().expect_err("nothing came");
+        };
+        tokio::task::spawn_blocking(nothing).await.unwrap();
+        to.settled().await;
+    }
     let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
     assert_eq!(parents, [true]);
     to.stop().await;
@@ -238,7 +251,7 @@ async fn the_small_images_make_it_complete_in_every_layout() {
         let whole = scratch.path().join("whole");
         images::write_dump(&whole, &numbers);
         assert_eq!(memory(&to.set("web")), memory(&whole), "{layout:?}");
-        let chain = Chain::open(&to.set("web"), None).unwrap();
+        let chain = Chain::open(to.set("web"), None).unwrap();
         assert_eq!(chain.completeness(), Completeness::Complete);
         assert_eq!(chain.levels().len() == 1, layout == Layout::Flat);
         assert!(is_sound(dir.path()), "{layout:?}");
