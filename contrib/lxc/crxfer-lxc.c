@@ -32,11 +32,12 @@
 #define REAL_CRIU "CRXFER_LXC_CRIU"
 
 static const char usage[] =
-	"usage: crxfer-lxc [-P LXCPATH] dump|restore [NAME]\n"
+	"usage: crxfer-lxc [-P LXCPATH] dump|restore|remove [NAME]\n"
 	"\n"
 	"  crxfer migrate --pid \"$(lxc-info -n NAME -pH)\" --container NAME --restore-as lxc \\\n"
 	"                 --dump-with 'crxfer-lxc dump' ...\n"
-	"  crxfer recv --allow-restore --restore-with lxc='crxfer-lxc restore' ...\n"
+	"  crxfer recv --allow-restore --restore-with lxc='crxfer-lxc restore' \\\n"
+	"              --remove-with lxc='crxfer-lxc remove' ...\n"
 	"\n"
 	"The container is NAME, or the one of --container. The other host has its file system and its\n"
 	"configuration under the same name.\n";
@@ -308,12 +309,44 @@ static bool restore(struct lxc_container *container, struct migrate_opts *option
 	return migrate(container, MIGRATE_RESTORE, options);
 }
 
+/* What a restore that was cut short has left: crxfer has killed CRIU and what CRIU made. */
+static bool remove_rest(struct lxc_container *container)
+{
+	return !container->is_running(container) || container->stop(container);
+}
+
+/* What crxfer asks for, in the order of their names below. */
+enum verb { DUMP, RESTORE, REMOVE, NO_VERB };
+static const char *const verbs[] = { "dump", "restore", "remove" };
+static const char *const failures[] = { "dumped", "restored", "removed" };
+
+static enum verb verb_named(const char *name)
+{
+	int verb = DUMP;
+
+	while (verb < NO_VERB && strcmp(name, verbs[verb]))
+		verb++;
+	return verb;
+}
+
+static bool run(enum verb verb, struct lxc_container *container)
+{
+	struct migrate_opts options = { .ghost_limit = GHOST_LIMIT };
+
+	if (verb == REMOVE)
+		return remove_rest(container);
+	options.directory = (char *)told("CRXFER_IMAGES");
+	/* Without it there is no vote, and in the end two containers or none. */
+	options.action_script = (char *)told("CRXFER_ACTION_SCRIPT");
+	return verb == DUMP ? dump(container, &options) : restore(container, &options);
+}
+
 int main(int argc, char **argv)
 {
-	const char *lxcpath = NULL, *name, *verb, *work;
+	const char *lxcpath = NULL, *name, *work;
 	struct lxc_container *container;
-	struct migrate_opts options = { 0 };
-	bool dumps, succeeds;
+	enum verb verb;
+	bool succeeds;
 	int option;
 
 	if (argc > 0 && !strcmp(basename(argv[0]), "criu"))
@@ -326,27 +359,22 @@ int main(int argc, char **argv)
 			return option == '?' ? 2 : 0;
 		}
 	}
-	verb = optind < argc ? argv[optind++] : "";
-	dumps = !strcmp(verb, "dump");
-	if ((!dumps && strcmp(verb, "restore")) || argc - optind > 1) {
+	verb = verb_named(optind < argc ? argv[optind++] : "");
+	if (verb == NO_VERB || argc - optind > 1) {
 		fputs(usage, stderr);
 		return 2;
 	}
 	name = optind < argc ? argv[optind] : told("CRXFER_CONTAINER");
 	work = told("CRXFER_WORK");
-	options.directory = (char *)told("CRXFER_IMAGES");
-	/* Without it there is no vote, and in the end two containers or none. */
-	options.action_script = (char *)told("CRXFER_ACTION_SCRIPT");
-	options.ghost_limit = GHOST_LIMIT;
 
 	stand_before_criu(work);
 	open_log(name, lxcpath, work);
 	container = find(name, lxcpath);
-	succeeds = dumps ? dump(container, &options) : restore(container, &options);
+	succeeds = run(verb, container);
 	if (!succeeds) {
-		fprintf(stderr, "crxfer-lxc: container %s could not be %s; the logs are in %s\n", name,
-			dumps ? "dumped" : "restored", work);
-		if (!show(work, dumps ? "dump.log" : "restore.log", "Error ("))
+		fprintf(stderr, "crxfer-lxc: container %s could not be %s; the logs are in %s\n", name, failures[verb],
+			work);
+		if (verb == REMOVE || !show(work, verb == DUMP ? "dump.log" : "restore.log", "Error ("))
 			show(work, "lxc.log", "ERROR");
 	}
 	lxc_container_put(container);

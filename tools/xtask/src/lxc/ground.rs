@@ -45,7 +45,9 @@ impl<'a> Ground<'a> {
     /// Starts the destination, which restores LXC containers by `command`.
     pub(crate) fn receive_with(&self, command: &str) -> Result<Receiver> {
         let restore = format!("lxc={command}");
-        self.receive(&["--restore-with", &restore])
+        let remove = self.container.helper(&self.network.hosts.b, "remove");
+        let remove = format!("lxc={remove}");
+        self.receive(&["--restore-with", &restore, "--remove-with", &remove])
     }
 
     /// Starts the destination with `more` options; it moves the service address, too.
