@@ -109,9 +109,9 @@ impl Found {
     fn open(root: &Path, id: MigrationId, side: Side) -> Result<Option<Self>, Failed> {
         let opened = match side {
             Side::Source => open(root, id)?
-                .map(|(journal, history, held)| (Record::Source(journal, history), held)),
+                .map(|(journal, history, held)| (Record::Source(journal, Box::new(history)), held)),
             Side::Destination => open(root, id)?
-                .map(|(journal, history, held)| (Record::Destination(journal, history), held)),
+                .map(|(journal, history, held)| (Record::Destination(journal, Box::new(history)), held)),
         };
         Ok(opened.map(|(record, held)| Self {
             id,
