@@ -267,11 +267,6 @@ impl<S: State> Journal<S> {
         root.join(format!("{}-{id}", S::SIDE))
     }
 
-    /// Steps are not brought to disk any more: what they are about does not outlive this boot.
-    pub fn forget_with_boot(&mut self) {
-        self.durable = false;
-    }
-
     /// Which migration.
     pub fn id(&self) -> MigrationId {
         self.id

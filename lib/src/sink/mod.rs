@@ -92,7 +92,7 @@ pub enum SinkError {
     },
     /// The kernel does not make a private file system.
     #[error(
-        "cannot make a file system in memory ({call}): {source}; it needs root and Linux 5.2 or later: run as root, or keep images in a directory"
+        "cannot make a file system in memory ({call}): {source}; it needs root and Linux 5.2 or later: run as root, or keep images in a directory (--mode disk, --sink disk)"
     )]
     Kernel {
         /// Which system call.
@@ -101,7 +101,7 @@ pub enum SinkError {
         source: io::Error,
     },
     /// The images would not leave room for what they are of.
-    #[error("the images may take {} MiB of memory and only {} MiB may be used for them; free memory, raise --sink-size, or receive to a directory", mebi(*needed), mebi(*available))]
+    #[error("the images may take {} MiB of memory and only {} MiB may be used for them; free memory, raise --sink-size, or keep them in a directory (--mode disk, --sink disk)", mebi(*needed), mebi(*available))]
     TooLarge {
         /// Bytes that are needed.
         needed: u64,

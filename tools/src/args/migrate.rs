@@ -69,7 +69,7 @@ pub(crate) struct MigrateArgs {
     pub(crate) precopy: PrecopyArg,
 
     /// Where images are until the workload runs on the other host
-    #[arg(long, value_enum, default_value_t = ModeArg::Disk)]
+    #[arg(long, value_enum, default_value_t = ModeArg::Diskless)]
     pub(crate) mode: ModeArg,
 
     /// Directory for the last, small images; with --mode diskless only for CRIU's log if it fails

@@ -528,3 +528,6 @@ fn environment(about: &DestinationAbout, pid: Option<u32>) -> Environment {
         reason: None,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -91,11 +91,11 @@ pub struct MigrateOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// In directories, wherever those are.
-    #[default]
     Disk,
     /// As [`Disk`](Self::Disk), with the source's directory on a tmpfs.
     Tmpfs,
     /// In memory that only descriptors hold, on both hosts: no file of it is visible.
+    #[default]
     Diskless,
 }
 

@@ -62,10 +62,7 @@ impl Record {
             announced: false,
             heard: false,
         };
-        let (mut journal, lease) = Journal::create(&shared.state, offer.id, about.clone())?;
-        if !about.memory.is_empty() {
-            journal.forget_with_boot();
-        }
+        let (journal, lease) = Journal::create(&shared.state, offer.id, about.clone())?;
         Ok(Self(Arc::new(Mutex::new(Inner {
             journal,
             about,

@@ -9,8 +9,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use super::held::{Scene, ensure_migrated};
-use super::{Context, Report};
-use crate::hosts::{Host, Network};
+use super::trouble::TCP;
+use super::{Context, Mover, Report, small};
+use crate::crxfer::migrate::Migration;
+use crate::hosts::{Host, Network, Rate};
 use crate::run;
 
 /// How long what is over may be held: the guard looks twice a second, and stays for a source that may
@@ -22,6 +24,10 @@ const TO_LOOK: Duration = Duration::from_secs(20);
 
 pub(super) fn cases(context: &Context, report: &mut Report) {
     report.case("migrate: diskless, seen nowhere", || unseen(context));
+    report.case(
+        "migrate: diskless, more than the destination's memory",
+        || refused(context),
+    );
 }
 
 /// Whether any process of either host has a directory of a file system that is mounted nowhere.
@@ -91,9 +97,12 @@ fn unseen(context: &Context) -> Result<String> {
             inventory.display()
         );
         let held = holders(&network.hosts.b);
+        let of = |comm: &str| held.iter().filter(|it| it.starts_with(comm)).count();
+        // CRIU has the directory that it restores from, too.
+        let strangers = held.len() - of("crxfer ") - of("criu ") - of("ld-linux");
         ensure!(
-            held.len() == 2,
-            "receiver and guard hold it, and nobody else: {held:?}"
+            of("crxfer ") >= 2 && strangers == 0,
+            "receiver and guard hold it, and no stranger: {held:?}"
         );
         for host in hosts {
             ensure_not_found(host, &stamp)?;
@@ -116,6 +125,23 @@ fn unseen(context: &Context) -> Result<String> {
     }
     let seen = scene.stage.moved()?;
     Ok(format!("no file and no mount, {} ms", seen.downtime.ms()))
+}
+
+fn refused(context: &Context) -> Result<String> {
+    let stage = small(Rate::Megabits(1000))?;
+    let mover = Mover::new(context)?;
+    let hooks = Migration::hooks(&stage.network);
+    let mut words: Vec<&str> = hooks.iter().map(String::as_str).collect();
+    words.extend(["--sink-size", "20M"]);
+    let receiver = mover.receive_with(&stage.network, &words)?;
+    let since = stage.poller.now();
+    let words = [TCP, "--mode", "diskless"];
+    let ended = mover.run(&stage.network, stage.pid, &receiver, &words)?;
+    let (code, message) = ended.refused()?;
+    ensure!(code == 11, "the offer was not refused: {code}: {message}");
+    ensure!(message.contains("--mode disk"), "no advice: {message}");
+    stage.stayed(since)?;
+    Ok(run::last_lines(&message, 1))
 }
 
 /// Where the journal says that the final images are, as processes of B have it.

@@ -58,9 +58,8 @@ struct Point {
 enum Ends {
     /// The source has not committed.
     OnA,
-    /// It has, and must meet a receiver again.
-    WithReceiver,
-    /// The destination knows that the copy is its own: the guard lets it go.
+    /// The guard knows that the copy is this host's, or hears so from the source in the place of the
+    /// receiver, and lets it go.
     ByGuard,
 }
 
@@ -78,7 +77,7 @@ const POINTS: [Point; 5] = [
     Point {
         name: "voted",
         when: "it has voted",
-        ends: Ends::WithReceiver,
+        ends: Ends::ByGuard,
     },
     Point {
         name: "resuming",
@@ -219,7 +218,7 @@ fn killed(context: &Context, point: Point, mode: &'static str) -> Result<String>
             scene.stage.stayed(outcome)?;
             Ok("the workload stays on A".to_owned())
         }
-        Ends::WithReceiver | Ends::ByGuard => {
+        Ends::ByGuard => {
             let seen = scene.stage.moved()?;
             Ok(format!("one copy, on B, after {} ms", seen.downtime.ms()))
         }
@@ -258,7 +257,7 @@ fn kill(scene: &Scene<'_>, point: Point) -> Result<Duration> {
                 .mover
                 .await_removed(scene.network(), scene.stage.pid)?;
         }
-        Ends::WithReceiver | Ends::ByGuard => {
+        Ends::ByGuard => {
             ensure_migrated(&ended, &receiver)?;
             scene.network().withdraw(&scene.network().hosts.a)?;
             scene.await_on_b()?;
