@@ -51,6 +51,11 @@ pub struct PagesOptions {
     pub transport: transport::Options,
     /// Most bytes a second on the wire.
     pub bytes_per_s: Option<u64>,
+    /// CRIU is run with `--track-mem` and `--prev-images-dir`: it may leave out pages that the
+    /// destination holds and the kernel calls unchanged. A CRIU without `--prev-images-dir` fails
+    /// when it is told that something is held ("Pid-reuse detection failed"), so this must be false
+    /// for it. What crosses to the destination is the same either way.
+    pub leaves_out: bool,
     /// What is remembered from one dump to the next; of this name at this destination only.
     pub memory: PagesMemory,
 }
@@ -92,6 +97,8 @@ pub struct PagesUpload {
     memory: PagesMemory,
     // CRIU has said something: its dump resets the kernel's tracking, whatever becomes of it.
     begun: bool,
+    // Batches, and pages that were left out.
+    pages: u64,
     stored: Option<PagesStored>,
     failed: Option<TransferError>,
     // Of what was stored: for the next dump.
@@ -139,7 +146,7 @@ impl PagesUpload {
             (None, Some(remembered)) => remembered.known,
             (None, None) => Known::new(PageSize::of_host()),
         };
-        let may_leave_out = begun.base.continues;
+        let may_leave_out = begun.base.continues && options.leaves_out;
         let held = known.memories().filter(|_| may_leave_out).collect();
         let comparer = Comparer::new(
             Outgoing::building_on(PageSize::of_host(), known),
@@ -158,6 +165,7 @@ impl PagesUpload {
             held,
             memory: options.memory,
             begun: false,
+            pages: 0,
             stored: None,
             failed: None,
             compared: None,
@@ -176,7 +184,7 @@ impl PagesUpload {
     pub fn finish(mut self) -> Result<PagesStored, TransferError> {
         let result = match self.stored.take() {
             Some(stored) => Ok(stored),
-            None if !self.begun => Err(TransferError::Cancelled),
+            None if !self.begun => Err(self.failed.take().unwrap_or(TransferError::Cancelled)),
             None => Err(self.why_not()),
         };
         let (code, reason) = match &result {
@@ -216,6 +224,13 @@ impl PagesUpload {
     }
 
     fn close_all(&mut self) -> Result<PagesStored, TransferError> {
+        if self.pages == 0 {
+            // A CRIU that has failed says CLOSE like one that has not.
+            let error =
+                local("CRIU closed its stream without a single page: its log says why".into());
+            self.watch.fail(error.to_failure());
+            return Err(error);
+        }
         // First: the answer may come as soon as the end is on the stream.
         self.watch.ended();
         let sent = self.pass_on(Piece::End);
@@ -271,6 +286,7 @@ impl PageSink for PagesUpload {
     }
 
     fn pages(&mut self, batch: &Batch, bytes: Bytes) -> Result<(), SinkError> {
+        self.pages += 1;
         self.pass_on(Piece::Pages(*batch, bytes))
     }
 
@@ -278,6 +294,7 @@ impl PageSink for PagesUpload {
         if run.flags != PageFlags::PARENT {
             return Err("CRIU kept pages back (--lazy-pages?)".into());
         }
+        self.pages += run.pages;
         self.pass_on(Piece::InParent(space, run))
     }
 

@@ -91,6 +91,7 @@ pub(crate) fn options(peer: &Peer, to: &Destination) -> PagesOptions {
         identity: peer.identity(),
         transport: transport::Options::default(),
         bytes_per_s: None,
+        leaves_out: true,
         memory: PagesMemory::default(),
     }
 }
@@ -233,6 +234,20 @@ async fn pages_that_criu_leaves_out_are_those_of_the_generation_before() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_criu_that_leaves_nothing_out_is_not_told_that_anything_is_held() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = PagesOptions {
+        leaves_out: false,
+        ..options(&Peer::new(), &to)
+    };
+    upload(&options, vec![full(TASK, 1..=5)]).await;
+    let (parents, stored) = upload(&options, vec![full(TASK, 1..=5)]).await;
+    assert_eq!((parents, stored.fresh_pages), (vec![false], 0));
+    to.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_small_images_make_it_complete_in_every_layout() {
     for layout in LAYOUTS {
         let dir = tempdir();
@@ -312,6 +327,15 @@ async fn an_early_end_leaves_nothing() {
     assert_eq!((count(&to.set("web")), partials), (0, 0));
     upload(&options, vec![full(TASK, 1..=3)]).await;
     let before = tree(dir.path());
+
+    // A CRIU that has failed: it says CLOSE all the same.
+    for spaces in [vec![], vec![full(TASK, [])]] {
+        let (heard, stored) = upload_as(options.clone(), spaces, true).await;
+        assert_ne!(heard.status, Some(0));
+        let error = stored.expect_err("no pages").to_string();
+        assert!(error.contains("without a single page"), "{error}");
+        to.settled().await;
+    }
 
     // Given up by another thread.
     let handle = Handle::current();

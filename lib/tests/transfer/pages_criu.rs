@@ -25,15 +25,26 @@ use crate::pages::options;
 use crate::support::{Destination, LAYOUTS, Peer, memory, tempdir};
 
 fn has_criu() -> bool {
-    let there = rustix::process::geteuid().is_root()
-        && Command::new("criu")
-            .args(["check", "--feature", "mem_dirty_track"])
-            .output()
-            .is_ok_and(|output| output.status.success());
+    let there = rustix::process::geteuid().is_root() && check(&[]);
     if !there {
-        println!("skipped: needs root, and a criu that tracks memory");
+        println!("skipped: needs root and criu");
     }
     there
+}
+
+/// Whether the kernel tracks changes for CRIU, so that there are pre-dumps.
+fn tracks() -> bool {
+    let tracks = check(&["--feature", "mem_dirty_track"]);
+    if !tracks {
+        println!("without pre-dump: the kernel does not track changes");
+    }
+    tracks
+}
+
+fn check(arguments: &[&str]) -> bool {
+    let mut check = Command::new("criu");
+    let output = check.arg("check").args(arguments).output();
+    output.is_ok_and(|output| output.status.success())
 }
 
 /// Runs CRIU with one end of a socket as its page server; `sink` gets what comes out of the other.
@@ -156,7 +167,8 @@ async fn dump_into(
     arguments: Vec<String>,
     images: PathBuf,
 ) -> (bool, u64) {
-    let (options, handle) = (options(peer, to), Handle::current());
+    let (mut options, handle) = (options(peer, to), Handle::current());
+    options.leaves_out = arguments.contains(&"--prev-images-dir".to_owned());
     let dumping = move || {
         let mut upload = PagesUpload::connect(options, handle).unwrap();
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
@@ -171,6 +183,7 @@ async fn a_process_is_restored_from_pages_and_small_images_in_every_layout() {
     if !has_criu() {
         return;
     }
+    let tracks = tracks();
     for layout in LAYOUTS {
         let dir = tempdir();
         let to = Destination::at(dir.path(), layout).await;
@@ -179,20 +192,21 @@ async fn a_process_is_restored_from_pages_and_small_images_in_every_layout() {
         let scratch = tempdir();
         let words = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
         let pid = workload.pid();
-        let pre_dump = words(&["pre-dump", "-t", &pid, "--track-mem"]);
-        let first = dump_into(&peer, &to, pre_dump, scratch.path().join("1")).await;
+        let (first, second) = if tracks {
+            let pre_dump = words(&["pre-dump", "-t", &pid, "--track-mem"]);
+            let prev = ["--prev-images-dir", "../1"];
+            let dump = [&["dump", "-t", &pid, "--track-mem"], &prev[..]].concat();
+            (pre_dump, words(&dump))
+        } else {
+            let dump = ["dump", "-t", &pid];
+            let first = [&dump[..], &["--leave-running"]].concat();
+            (words(&first), words(&dump))
+        };
+        let first = dump_into(&peer, &to, first, scratch.path().join("1")).await;
         assert!(first.0 && first.1 > 6000, "{first:?}");
         let (step, _) = workload.ask();
-        let dump = [
-            "dump",
-            "-t",
-            &pid,
-            "--track-mem",
-            "--prev-images-dir",
-            "../1",
-        ];
         let small = scratch.path().join("2");
-        let second = dump_into(&peer, &to, words(&dump), small.clone()).await;
+        let second = dump_into(&peer, &to, second, small.clone()).await;
         assert!(second.0 && second.1 < 2000, "{second:?}");
         workload.child.wait().unwrap();
 
@@ -354,7 +368,8 @@ async fn how_long_a_dump_freezes_into_a_destination_that_has_nearly_all() {
     let dir = tempdir();
     let to = Destination::at(dir.path(), Layout::Faithful).await;
     let peer = Peer::new();
-    let options = options(&peer, &to);
+    let mut options = options(&peer, &to);
+    options.leaves_out = false;
     let pid = memcached.child.id().to_string();
     let (mut discarded, mut compared) = (Vec::new(), Vec::new());
     for round in 0..7u64 {
