@@ -5,6 +5,7 @@
 
 mod migrate;
 mod restore;
+mod runc;
 mod trouble;
 mod volume;
 
@@ -74,6 +75,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
+    runc::cases(&context, &mut report);
     Ok(report.tally)
 }
 
