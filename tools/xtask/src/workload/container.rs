@@ -68,10 +68,14 @@ impl Runc {
     /// Starts it detached. Gives the pid of its first process on `host`.
     pub(crate) fn start(&self, host: &Host, id: &str) -> Result<u32> {
         let file = self.bundles.join(format!("{id}.pid"));
+        let log = self.bundles.join(format!("{id}.log"));
         let mut command = host.command("runc");
+        // The container keeps runc's own output.
         command
             .arg("--root")
             .arg(&self.root)
+            .arg("--log")
+            .arg(&log)
             .args(["run", "--detach", "--pid-file"])
             .arg(&file)
             .arg("--bundle")
@@ -81,7 +85,8 @@ impl Runc {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let status = command.status().context("cannot start runc")?;
-        anyhow::ensure!(status.success(), "runc run: {status}");
+        let said = fs::read_to_string(&log).unwrap_or_default();
+        anyhow::ensure!(status.success(), "runc run: {status}: {said}");
         Ok(fs::read_to_string(&file)?.trim().parse()?)
     }
 
