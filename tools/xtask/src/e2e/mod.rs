@@ -8,6 +8,7 @@ mod lxc;
 mod migrate;
 mod restore;
 mod streamer;
+mod runc;
 mod trouble;
 mod volume;
 
@@ -80,6 +81,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     migrate::cases(&context, &mut report);
     lxc::cases(&context, &mut report);
     docker::cases(&context, &mut report);
+    runc::cases(&context, &mut report);
     Ok(report.tally)
 }
 
