@@ -199,9 +199,11 @@ impl Daemon {
     }
 }
 
-/// What rsync is called with; in place, as that is the faster way to copy to memory.
+/// What rsync is called with: in place, as that is the faster way to copy to memory; and two dumps of
+/// one second differ.
 fn rsync_options() -> Vec<String> {
-    let options = std::env::var("CRXFER_BENCH_RSYNC").unwrap_or_else(|_| "-a --inplace".to_owned());
+    let options = std::env::var("CRXFER_BENCH_RSYNC")
+        .unwrap_or_else(|_| "-a --inplace --modify-window=-1".to_owned());
     options.split_whitespace().map(str::to_owned).collect()
 }
 
