@@ -33,6 +33,8 @@ struct Memory {
 enum Behave {
     #[default]
     Well,
+    /// With measurements.
+    Discards,
     FailsAtOpen,
     HangsInPages,
     HangsInClose,
@@ -57,8 +59,10 @@ impl PageSink for Memory {
     }
 
     fn pages(&mut self, batch: &Batch, bytes: Bytes) -> Result<(), SinkError> {
-        if self.behave == Behave::HangsInPages {
-            hang();
+        match self.behave {
+            Behave::HangsInPages => hang(),
+            Behave::Discards => return Ok(()),
+            _ => {}
         }
         self.pages.insert((batch.space, batch.vaddr), bytes);
         Ok(())
