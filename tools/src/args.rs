@@ -1,6 +1,7 @@
 //! The command line: what may be written, and what `--help` teaches.
 
 mod migrate;
+mod page_server;
 mod recover;
 
 use std::net::SocketAddr;
@@ -17,6 +18,7 @@ use crate::exit;
 use crate::size::{Bytes, Rate};
 
 pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
+pub(crate) use self::page_server::{FeedArgs, PageServerArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
 
 const EXAMPLES: &str = "\
@@ -52,6 +54,8 @@ pub(crate) enum Command {
     Recover(Box<RecoverArgs>),
     Status(StatusArgs),
     Send(SendArgs),
+    PageServer(PageServerArgs),
+    Feed(FeedArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),

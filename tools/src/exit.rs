@@ -3,6 +3,9 @@
 use std::fmt::Write as _;
 use std::io;
 
+use crxfer::criu::endpoint::{EndpointError, SessionError as DumpError};
+use crxfer::criu::page_client::ServeError;
+use crxfer::criu::page_feed::FeedError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::live::LiveError;
@@ -85,7 +88,7 @@ impl Exit {
         ),
         (
             Self::Criu,
-            "migrate: CRIU failed, here or there; the workload runs on here",
+            "CRIU failed, here or there (migrate, page-server: the workload runs on here)",
         ),
         (
             Self::InDoubt,
@@ -97,7 +100,7 @@ impl Exit {
         ),
         (
             Self::FreezeLimit,
-            "migrate: frozen for --freeze-limit; the workload runs on here",
+            "migrate, page-server: frozen for --freeze-limit; the workload runs on here",
         ),
         (Self::Stopped, "stopped by Ctrl-C or SIGTERM"),
     ];
@@ -159,6 +162,47 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Hook(_) => Self::Hook,
             MigrateError::GivenUp(_) => Self::GivenUp,
             MigrateError::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl From<&EndpointError> for Exit {
+    fn from(error: &EndpointError) -> Self {
+        match error {
+            EndpointError::Io { .. } => Self::Storage,
+            EndpointError::NoStream => Self::Usage,
+            EndpointError::Stuck(_) => Self::FreezeLimit,
+            EndpointError::Session(error) => error.into(),
+        }
+    }
+}
+
+impl From<&DumpError> for Exit {
+    fn from(error: &DumpError) -> Self {
+        match error {
+            // What a sink says, the command looks into itself.
+            DumpError::Serve(ServeError::Sink(_)) | DumpError::Refused(_) => Self::Destination,
+            DumpError::Serve(ServeError::Stream(_) | ServeError::Io { .. })
+            | DumpError::Silent(_)
+            | DumpError::Behind => Self::Criu,
+            DumpError::Slow(_) | DumpError::NoTurn(_) => Self::FreezeLimit,
+            DumpError::TooMany => Self::Connection,
+            DumpError::Stopped => Self::Stopped,
+            DumpError::Panicked => Self::Fault,
+        }
+    }
+}
+
+impl From<&FeedError> for Exit {
+    fn from(error: &FeedError) -> Self {
+        match error {
+            FeedError::Image(error) => error.into(),
+            FeedError::Io { .. } => Self::Connection,
+            FeedError::Nothing => Self::Set,
+            FeedError::Ended { .. }
+            | FeedError::Silent { .. }
+            | FeedError::NoServer(_)
+            | FeedError::Refused(_) => Self::Criu,
         }
     }
 }

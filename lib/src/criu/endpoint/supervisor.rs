@@ -189,7 +189,18 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
         if comes {
             self.accept();
         }
+        if self.active.is_none() && self.waiting.is_empty() {
+            self.maker.discard();
+        }
         Ok(())
+    }
+
+    /// Has a sink made for whoever comes next: not while another one has that of the dump before it, on
+    /// which the next may build; and not for sockets that may be quiet for hours.
+    fn prepare(&self) {
+        if self.active.is_none() && self.waiting.iter().any(|one| !one.trusted) {
+            self.maker.prepare();
+        }
     }
 
     fn accept(&mut self) {
@@ -206,7 +217,7 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
             return (self.events)(Event::Failed { client, error });
         }
         self.wait(Connection::new(socket.into(), client), false);
-        self.maker.prepare();
+        self.prepare();
     }
 
     fn wait(&mut self, connection: Connection, trusted: bool) {
@@ -259,9 +270,7 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
             (self.events)(Event::Failed { client, error });
             return Ok(false);
         }
-        if !self.options.once {
-            self.maker.prepare();
-        }
+        self.prepare();
         Ok(self.options.once)
     }
 
