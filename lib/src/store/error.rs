@@ -29,6 +29,9 @@ pub enum StoreError {
     /// There is no such set.
     #[error("there is no received set {0}; `crxfer list` shows what there is")]
     NoSuchSet(String),
+    /// The name was given to another set since this one was begun.
+    #[error("{0} was given a new generation meanwhile, by another transfer; send again")]
+    Overtaken(String),
     /// A block of a stored set no longer has its bytes.
     #[error("{}: block {block} no longer has the bytes that were stored (restored with --auto-dedup, or a failing disk?); the set is not used any more, send again", path.display())]
     Damaged {

@@ -60,6 +60,8 @@ pub struct NewSet {
     pub keep_link: Option<String>,
     /// Size of the source's files.
     pub image_bytes: u64,
+    /// The set that must still have the name, where this one takes over what that holds.
+    pub succeeds: Option<u64>,
 }
 
 /// A set that is visible now.
@@ -81,6 +83,22 @@ impl Store {
         name: &str,
         page_size: PageSize,
     ) -> Result<Stage, StoreError> {
+        let about = v1::PartialRecord {
+            peer: peer.to_vec(),
+            name: name.to_owned(),
+            page_size: page_size.bytes(),
+        };
+        self.new_stage(Some(&about))
+    }
+
+    /// Opens a stage of which nothing is kept where it is not published: what was dumped into it is
+    /// dumped anew.
+    pub fn stage_unkept(&self) -> Result<Stage, StoreError> {
+        self.new_stage(None)
+    }
+
+    // Without `about` it is removed by whoever finds it.
+    fn new_stage(&self, about: Option<&v1::PartialRecord>) -> Result<Stage, StoreError> {
         let stages = self.state_path("stage");
         for number in 1u64.. {
             let place = stages.join(number.to_string());
@@ -88,12 +106,9 @@ impl Store {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.tried("create", &place)?,
             }
-            let about = v1::PartialRecord {
-                peer: peer.to_vec(),
-                name: name.to_owned(),
-                page_size: page_size.bytes(),
-            };
-            write_atomically(&place.join("about"), &about.encode_to_vec(), false)?;
+            if let Some(about) = about {
+                write_atomically(&place.join("about"), &about.encode_to_vec(), false)?;
+            }
             let files = place.join("files");
             fs::DirBuilder::new()
                 .mode(0o700)
@@ -191,6 +206,11 @@ impl Store {
             Some(name) => self.check_name(name, &new.peer, new.names_are_owned, &records)?,
             None => None,
         };
+        if let (Some(id), Some(name)) = (new.succeeds, &new.name)
+            && current.as_ref().map(|record| record.id) != Some(id)
+        {
+            return Err(StoreError::Overtaken(name.clone()));
+        }
         let mut notes = Vec::new();
         let base = new
             .base

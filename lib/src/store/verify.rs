@@ -228,6 +228,7 @@ mod tests {
             base,
             keep_link: None,
             image_bytes: content.len() as u64,
+            succeeds: None,
         };
         let published = store.publish(stage, new, &[meta], digests.into_iter());
         published.unwrap().record

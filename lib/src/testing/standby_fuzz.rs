@@ -340,6 +340,7 @@ impl Scene {
                 assert_eq!(number, self.model.iteration);
             }
             Some(Event::Begun { .. }) | None => assert!(!is_end),
+            Some(Event::Dumped(_)) => panic!("this is no page session"),
         }
         Some(())
     }

@@ -14,6 +14,7 @@ pub mod guard;
 mod memo;
 pub mod migrate;
 mod pack;
+pub mod pages;
 mod pause;
 mod plan;
 mod recv;

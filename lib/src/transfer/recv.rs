@@ -4,6 +4,7 @@ mod incoming;
 mod meeting;
 mod migration;
 pub(super) mod orphans;
+mod pages;
 mod record;
 pub(super) mod restore;
 mod serve;

@@ -8,6 +8,7 @@ mod images;
 mod interrupted;
 mod layouts;
 mod meeting;
+mod pages;
 mod peers;
 mod remembered;
 mod support;

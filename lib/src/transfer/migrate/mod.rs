@@ -26,6 +26,7 @@ use crate::transport::{self, Identity};
 pub use driver::migrate;
 pub use error::{MigrateError, MigrateFailure};
 pub use iterate::{Dumps, Precopy};
+pub(super) use stream::{RecordStream, StreamEnded};
 pub use report::{Host, HostCheck, IterationReport, MigrationReport, Outcome, PhaseReport};
 
 /// What to move, and how.

@@ -40,6 +40,9 @@ impl Driver<'_> {
                 self.dumped_bytes = pages * self.offer.page_size.bytes();
                 self.complete(directory);
             }
+            standby::Event::Dumped(_) => {
+                return Err(SessionError::Protocol("a dump out of order").into());
+            }
         }
         Ok(())
     }
