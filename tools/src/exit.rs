@@ -242,6 +242,7 @@ impl From<&StoreError> for Exit {
             }
             StoreError::Io { .. } | StoreError::Busy(_) => Self::Storage,
             StoreError::Foreign(_) | StoreError::NotYours(_) => Self::Storage,
+            StoreError::Overtaken(_) => Self::Destination,
             StoreError::NotAStore(_) | StoreError::NoSuchSet(_) | StoreError::Damaged { .. } => {
                 Self::Set
             }

@@ -3,7 +3,7 @@
 use std::net::{TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
-use crxfer::criu::page_feed::{FeedError, Fed, feed};
+use crxfer::criu::page_feed::{Fed, FeedError, feed};
 use crxfer::criu::page_server::HeaderLayout;
 use crxfer::image::Chain;
 use serde_json::json;
@@ -16,12 +16,13 @@ use crate::size::{Bytes, grouped};
 pub(crate) fn run(args: &FeedArgs) -> Result<(), Failed> {
     let chain = Chain::open(&args.dir, args.page_size)?;
     let mut socket = connect(&args.to_criu, args.timeout)?;
-    let fed = feed(&chain, &mut socket, args.criu_version, args.timeout, |_| {}).map_err(
-        |error| match error {
-            FeedError::Image(error) => Failed::Image(error),
-            error => Failed::Feed(error),
-        },
-    )?;
+    let fed =
+        feed(&chain, &mut socket, args.criu_version, args.timeout, |_| {}).map_err(|error| {
+            match error {
+                FeedError::Image(error) => Failed::Image(error),
+                error => Failed::Feed(error),
+            }
+        })?;
     print(args, &fed)
 }
 
@@ -43,7 +44,9 @@ fn connect(to: &str, limit: Duration) -> Result<TcpStream, Failed> {
             Err(error) => last = error.to_string(),
         }
     }
-    Err(failed(format!("{last}; is `criu page-server` running there?")))
+    Err(failed(format!(
+        "{last}; is `criu page-server` running there?"
+    )))
 }
 
 fn print(args: &FeedArgs, fed: &Fed) -> Result<(), Failed> {

@@ -2,8 +2,6 @@
 
 use std::net::TcpListener;
 use std::path::Path;
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crxfer::criu::endpoint::{self, Client, EndpointError, Event, Limits, Options, Place, Stopper};
@@ -86,6 +84,7 @@ fn work(args: &PageServerArgs, runtime: &Handle, stopper: &Stopper) -> Result<()
                 silence: args.silence_limit,
                 freeze: args.freeze_limit,
             },
+            prev_images: args.prev_images,
             once: args.once,
         },
         make,
@@ -116,7 +115,9 @@ fn place(args: &PageServerArgs) -> Result<Place, Failed> {
         Failed::Usage("one of --listen and --fd says where CRIU comes".to_owned())
     })?;
     let failed = |error| Failed::Usage(format!("--listen {address}: {error}"));
-    TcpListener::bind(address).map(Place::Listen).map_err(failed)
+    TcpListener::bind(address)
+        .map(Place::Listen)
+        .map_err(failed)
 }
 
 /// Says that CRIU may come, and how.
@@ -162,7 +163,9 @@ fn reports(
     move |event| {
         // A stdout that fails must not end a dump.
         let _ = match event {
-            Event::Begun { client } if json => output::json(&with(client, json!({"event": "begin"}))),
+            Event::Begun { client } if json => {
+                output::json(&with(client, json!({"event": "begin"})))
+            }
             Event::Begun { .. } => Ok(()),
             Event::Taken {
                 client,

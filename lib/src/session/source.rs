@@ -8,8 +8,8 @@ use crate::delta::{BlockRef, FileMeta, FirstSeen, Manifest, ParentRef, SetName, 
 use crate::digest::{Digest, tree, zero_digest};
 use crate::page::PageSize;
 use crate::wire::{
-    BeginSet, BlockId, Hello, Layout, MIGRATION_VERSION, Message, Op, Published, SegmentAt, VERSIONS,
-    Welcome, limits,
+    BeginSet, BlockId, Hello, Layout, MIGRATION_VERSION, Message, Op, Published, SegmentAt,
+    VERSIONS, Welcome, limits,
 };
 
 /// Segments that are read and hashed at the same time: keeps up to four cores busy.

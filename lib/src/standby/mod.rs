@@ -231,7 +231,10 @@ impl Standby {
     // The number of the iteration on the stream: sets that were here before come first in ours.
     fn number(&self) -> u32 {
         let before = self.held.as_ref().map_or(0, |held| held.len());
-        self.iteration - u32::try_from(before).unwrap_or(u32::MAX).min(self.iteration)
+        self.iteration
+            - u32::try_from(before)
+                .unwrap_or(u32::MAX)
+                .min(self.iteration)
     }
 
     fn add_object(&mut self, object: Object) -> Result<(), StandbyError> {
@@ -470,7 +473,9 @@ impl Places {
         if let Some(held) = &self.held {
             // Of the chain the newest comes first, and of iterations the oldest: one behind them all
             // is the one that arrives.
-            let level = usize::try_from(iteration).unwrap_or(usize::MAX).wrapping_sub(1);
+            let level = usize::try_from(iteration)
+                .unwrap_or(usize::MAX)
+                .wrapping_sub(1);
             return held.get(level).unwrap_or(&self.root).clone();
         }
         if self.is_final && iteration == self.iteration {

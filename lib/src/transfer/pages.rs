@@ -20,8 +20,8 @@ use tokio::sync::oneshot;
 
 use self::compare::{Compared, Comparer, Piece};
 use self::watch::{Watch, begin};
-use super::send::{EndOnDrop, Target, connect, source_config};
 use super::TransferError;
+use super::send::{EndOnDrop, Target, connect, source_config};
 use crate::criu::page_client::{PageSink, SinkError};
 use crate::criu::page_server::Batch;
 use crate::delta::{Known, Outgoing, SetName};

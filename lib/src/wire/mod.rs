@@ -21,8 +21,7 @@ pub use migration::{
 };
 
 pub use pages::{
-    Generation, HeldRun, PagesHeld, PagesOffer, PagesOffered, PagesStep, PagesStored,
-    held_messages,
+    Generation, HeldRun, PagesHeld, PagesOffer, PagesOffered, PagesStep, PagesStored, held_messages,
 };
 
 use crate::digest::Digest;

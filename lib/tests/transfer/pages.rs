@@ -145,7 +145,10 @@ async fn generations_build_on_each_other_by_content() {
     let spaces = vec![full(TASK, 1..=40), full(SHMEM, [7, 8])];
     let (parents, stored) = upload(&options, spaces).await;
     assert_eq!(parents, [false, false]);
-    assert_eq!((stored.generation, stored.pages, stored.fresh_pages), (1, 42, 42));
+    assert_eq!(
+        (stored.generation, stored.pages, stored.fresh_pages),
+        (1, 42, 42)
+    );
     let record = current(dir.path());
     assert_eq!((record.completeness.as_str(), record.base), ("pages", None));
     assert_eq!(
@@ -275,7 +278,10 @@ async fn a_directory_with_memory_is_an_ordinary_generation() {
     let whole = scratch.path().join("web");
     images::write_dump(&whole, &[5, 6]);
     let sent = peer.send(&whole, &to).await.published;
-    assert_eq!((sent.completeness.as_str(), sent.generation), ("complete", 2));
+    assert_eq!(
+        (sent.completeness.as_str(), sent.generation),
+        ("complete", 2)
+    );
     assert_eq!(memory(&to.set("web")), memory(&whole));
     to.stop().await;
 }

@@ -62,6 +62,14 @@ pub(crate) struct PageServerArgs {
     #[arg(long, value_parser = set_name)]
     pub(crate) name: SetName,
 
+    /// CRIU is run with --prev-images-dir and --track-mem: it may leave out what it knows to be unchanged
+    ///
+    /// From the second dump on. Only for a CRIU whose command line cannot be seen here, as one that runc or
+    /// p.haul starts, or on another host; `criu` on this host tells it itself. A CRIU that has no such
+    /// directory fails when it hears that there is a parent.
+    #[arg(long)]
+    pub(crate) prev_images: bool,
+
     /// End after one dump, whether it could be taken or not
     #[arg(long)]
     pub(crate) once: bool,

@@ -82,6 +82,10 @@ pub struct Options {
     pub page_size: PageSize,
     /// Time limits.
     pub limits: Limits,
+    /// CRIU has images of the dump before this one (`--prev-images-dir`), and may be told that the sink
+    /// has its memory. A CRIU that has none fails when it is told so. Without it, or before the first
+    /// dump was taken, only a CRIU of this host is told so that says it on its command line.
+    pub prev_images: bool,
     /// Return after one dump, whether it could be taken or not.
     pub once: bool,
 }

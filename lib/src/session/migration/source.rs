@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::super::{Liveness, SessionError, SourceConfig};
 use super::Owner;
-use crate::wire::{
-    Hello, MIGRATION_VERSION, Message, Offer, Offered, Phase, Step, Welcome,
-};
+use crate::wire::{Hello, MIGRATION_VERSION, Message, Offer, Offered, Phase, Step, Welcome};
 
 /// What the source's driver has to do, or may do now.
 #[derive(Clone, Debug, PartialEq, Eq)]

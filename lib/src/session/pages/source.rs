@@ -167,7 +167,11 @@ impl PagesSource {
         }
     }
 
-    fn listed(&mut self, mut listing: Box<Listing>, held: &PagesHeld) -> Result<State, SessionError> {
+    fn listed(
+        &mut self,
+        mut listing: Box<Listing>,
+        held: &PagesHeld,
+    ) -> Result<State, SessionError> {
         let order = SessionError::Protocol("pages that are listed out of order");
         let mut next = match listing.reached {
             Some((memory, next)) if memory == held.memory => next,

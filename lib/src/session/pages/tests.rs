@@ -16,7 +16,10 @@ const FIRST: Generation = Generation {
     root: Digest([7; 32]),
 };
 
-#[expect(clippy::disallowed_methods, reason = "a beginning, from which the test counts")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a beginning, from which the test counts"
+)]
 fn now() -> Instant {
     Instant::now()
 }
@@ -108,7 +111,10 @@ fn what_a_new_source_does_not_know_is_listed() {
     assert_eq!((base.generation, base.continues), (Some(FIRST), true));
     let known = base.listed.unwrap();
     let task = known.find(PagemapName::Task(5)).unwrap();
-    assert_eq!(known.digest(task, 12), Some(Digest::of(&12u64.to_le_bytes())));
+    assert_eq!(
+        known.digest(task, 12),
+        Some(Digest::of(&12u64.to_le_bytes()))
+    );
     assert_eq!(known.digest(task, 13), None);
     assert_eq!(known.find(PagemapName::Shmem(2)), Some(1));
 }
@@ -116,10 +122,7 @@ fn what_a_new_source_does_not_know_is_listed() {
 #[test]
 fn what_the_source_knows_is_not_listed_and_nothing_is_empty() {
     assert!(base(Some(FIRST), Some(FIRST)).listed.is_none());
-    let other = Generation {
-        number: 4,
-        ..FIRST
-    };
+    let other = Generation { number: 4, ..FIRST };
     assert!(base(Some(other), Some(FIRST)).listed.is_some());
     let nothing = base(Some(FIRST), None);
     assert_eq!((nothing.generation, nothing.continues), (None, false));

@@ -23,9 +23,7 @@ use crate::delta::{BlockRef, FileMeta, Place, Recipe};
 use crate::digest::{Digest, hash_blocks};
 use crate::image::complete::{LevelFacts, SetFacts, check};
 use crate::image::walk;
-use crate::image::{
-    Completeness, ImageError, Inventory, Pagemap, PagemapName, ProcessTree,
-};
+use crate::image::{Completeness, ImageError, Inventory, Pagemap, PagemapName, ProcessTree};
 use crate::session::StoreJob;
 use crate::store::{Held, Record, Store, StoreError, Tried as _};
 use crate::wire::Layout;

@@ -26,8 +26,8 @@ use crate::transport::{self, Identity};
 pub use driver::migrate;
 pub use error::{MigrateError, MigrateFailure};
 pub use iterate::{Dumps, Precopy};
-pub(super) use stream::{RecordStream, StreamEnded};
 pub use report::{Host, HostCheck, IterationReport, MigrationReport, Outcome, PhaseReport};
+pub(super) use stream::{RecordStream, StreamEnded};
 
 /// What to move, and how.
 #[derive(Debug)]

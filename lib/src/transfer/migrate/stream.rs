@@ -128,7 +128,11 @@ impl RecordStream {
 
     /// Puts records of iteration `number` on the stream; waits while it is full. For threads that
     /// may block.
-    pub(in crate::transfer) fn put(&self, number: u32, records: &mut Vec<Record>) -> Result<(), StreamEnded> {
+    pub(in crate::transfer) fn put(
+        &self,
+        number: u32,
+        records: &mut Vec<Record>,
+    ) -> Result<(), StreamEnded> {
         for record in records.drain(..) {
             let item = match record {
                 Record::Note(note) => Item::Note(note.encode().into()),

@@ -164,9 +164,7 @@ impl From<StandbyError> for TransferError {
         match error {
             StandbyError::Protocol(what) => SessionError::Protocol(what).into(),
             StandbyError::Root => SessionError::Root.into(),
-            StandbyError::TooLarge { size, limit } => {
-                SessionError::TooLarge { size, limit }.into()
-            }
+            StandbyError::TooLarge { size, limit } => SessionError::TooLarge { size, limit }.into(),
             StandbyError::Unpack(_) => {
                 SessionError::Protocol("a frame that cannot be unpacked").into()
             }

@@ -26,9 +26,7 @@ use crate::transfer::assemble::DEEPEST;
 use crate::transfer::chain::StoredChain;
 use crate::transfer::event::{Event, Received};
 use crate::transport::{Connection, ControlSender, TransportError};
-use crate::wire::{
-    Generation, HeldRun, Layout, PagesHeld, PagesOffer, PagesStored, held_messages,
-};
+use crate::wire::{Generation, HeldRun, Layout, PagesHeld, PagesOffer, PagesStored, held_messages};
 
 /// Takes one dump, or nothing of it.
 pub(super) async fn serve(
@@ -268,7 +266,10 @@ impl<'a> Driver<'a> {
     // Nothing is written any more, and nothing half stored is left, when this returns.
     async fn end(&mut self) {
         let (receiving, place) = (self.receiving.take(), self.place.take());
-        let unbegun = self.base.take().filter(|base| base.continues && !self.begun);
+        let unbegun = self
+            .base
+            .take()
+            .filter(|base| base.continues && !self.begun);
         let store = self.shared.store.clone();
         let ending = spawn_blocking(move || {
             if let Some(receiving) = receiving {
@@ -284,11 +285,7 @@ impl<'a> Driver<'a> {
 }
 
 // Makes room, and finds what the name has.
-fn prepare(
-    shared: &Shared,
-    peer: [u8; 32],
-    offer: &PagesOffer,
-) -> Result<Prepared, TransferError> {
+fn prepare(shared: &Shared, peer: [u8; 32], offer: &PagesOffer) -> Result<Prepared, TransferError> {
     let (store, page) = (&shared.store, offer.page_size);
     store.check_may_publish(offer.name.as_str(), &peer, shared.pinned)?;
     let found = find_base(store, peer, offer)?;
@@ -305,10 +302,11 @@ fn prepare(
         }
         None => (None, HeldPages::default()),
     };
-    let is_known = offer.known == base.as_ref().map(|base| Generation {
-        number: base.record.generation,
-        root: base.record.root,
-    });
+    let is_known = offer.known
+        == base.as_ref().map(|base| Generation {
+            number: base.record.generation,
+            root: base.record.root,
+        });
     let listing = if is_known { Vec::new() } else { list(&held) };
     let standby = Standby::building_on(&directory, page, held, shared.max_set_bytes)?;
     Ok(Prepared {

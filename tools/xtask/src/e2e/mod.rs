@@ -4,6 +4,7 @@
 //! work; what is left out is said in one line.
 
 mod migrate;
+mod page_server;
 mod restore;
 mod trouble;
 mod volume;
@@ -73,6 +74,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     volume::cases(&context, &mut report);
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
+    page_server::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
     Ok(report.tally)
 }

@@ -41,12 +41,42 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
     };
     use Store::{Disk, Memory};
     use Way::{PreDump, Socket, Tcp};
-    case("page-server: memcached over TCP to disk", criu, Tcp, Disk, &memcached);
-    case("page-server: memcached over TCP to memory", criu, Tcp, Memory, &memcached);
-    case("page-server: memcached over one socket to disk", criu, Socket, Disk, &memcached);
-    case("page-server: tree over one socket to memory", criu, Socket, Memory, &tree);
+    case(
+        "page-server: memcached over TCP to disk",
+        criu,
+        Tcp,
+        Disk,
+        &memcached,
+    );
+    case(
+        "page-server: memcached over TCP to memory",
+        criu,
+        Tcp,
+        Memory,
+        &memcached,
+    );
+    case(
+        "page-server: memcached over one socket to disk",
+        criu,
+        Socket,
+        Disk,
+        &memcached,
+    );
+    case(
+        "page-server: tree over one socket to memory",
+        criu,
+        Socket,
+        Memory,
+        &tree,
+    );
     if criu.tracks_writes() {
-        case("page-server: memcached with pre-dumps", criu, PreDump, Disk, &memcached);
+        case(
+            "page-server: memcached with pre-dumps",
+            criu,
+            PreDump,
+            Disk,
+            &memcached,
+        );
     } else {
         println!("  page-server with pre-dumps: skipped, this kernel does not track writes");
     }
@@ -132,7 +162,9 @@ impl<'a> Case<'a> {
             }
         };
         let first = self.dump(&endpoint, way, 1, End::LeaveRunning)?;
-        self.workload.check(&self.hosts.a).context("between dumps")?;
+        self.workload
+            .check(&self.hosts.a)
+            .context("between dumps")?;
         self.workload.write(&self.hosts.a)?;
         let second = self.dump(&endpoint, way, 2, End::Kill)?;
         ensure!(
@@ -148,7 +180,11 @@ impl<'a> Case<'a> {
             .crxfer
             .send(Place::On(&self.hosts.a), &self.images(2), &receiver, NAME)
             .with_context(|| format!("crxfer recv said:\n{}", receiver.said()))?;
-        ensure!(sent.completeness == "complete", "it is {}", sent.completeness);
+        ensure!(
+            sent.completeness == "complete",
+            "it is {}",
+            sent.completeness
+        );
         self.restore(&self.received.join(NAME))?;
         Ok(format!(
             "{} pages, then {} new; the second dump froze it for {frozen:.0} ms",
@@ -195,7 +231,10 @@ impl<'a> Case<'a> {
         self.criu.restore(&self.hosts.b, set, &work)?;
         let compared = self.workload.check(&self.hosts.b);
         self.hosts.b.end(self.pid)?;
-        ensure!(compared.context("after the restore")? > 0, "nothing was compared");
+        ensure!(
+            compared.context("after the restore")? > 0,
+            "nothing was compared"
+        );
         Ok(())
     }
 }

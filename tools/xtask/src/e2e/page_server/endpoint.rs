@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::super::Context;
@@ -65,22 +65,19 @@ impl Endpoint {
         receiver: &Receiver,
     ) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        // Rust's descriptors are not inherited; these two are, by all that is started from now on.
         inheritable(&ours)?;
         let mut command = context.crxfer.command(Place::On(host));
         let number = ours.as_raw_fd().to_string();
         command.args(["page-server", "--fd", &number]);
-        let endpoint = Self::start(command, scratch.path(), receiver, &[])?;
+        let mut endpoint = Self::start(command, scratch.path(), receiver, &[])?;
         endpoint.next("ready")?;
         drop(ours);
         inheritable(&theirs)?;
         let number = theirs.as_raw_fd().to_string();
         let words = ["--page-server", "--ps-socket", &number];
-        Ok(Self {
-            words: words.map(str::to_owned).to_vec(),
-            theirs: Some(theirs),
-            ..endpoint.parts()
-        })
+        endpoint.words = words.map(str::to_owned).to_vec();
+        endpoint.theirs = Some(theirs);
+        Ok(endpoint)
     }
 
     fn start(
@@ -131,14 +128,16 @@ impl Endpoint {
             }
             None
         });
-        found
-            .and_then(|event| event)
-            .with_context(|| self.said())
+        found.and_then(|event| event).with_context(|| self.said())
     }
 
     pub(super) fn taken(&self) -> Result<Taken> {
         let event = self.next("taken")?;
-        let number = |name: &str| event[name].as_u64().with_context(|| format!("no {name}: {event}"));
+        let number = |name: &str| {
+            event[name]
+                .as_u64()
+                .with_context(|| format!("no {name}: {event}"))
+        };
         Ok(Taken {
             generation: number("generation")?,
             pages: number("pages")?,
@@ -163,6 +162,12 @@ impl Endpoint {
         Ok(())
     }
 
+    /// Asks it to end, and does not wait.
+    pub(super) fn terminate(&self) -> Result<()> {
+        hosts::terminate(hosts::only_child(self.child.id())?);
+        Ok(())
+    }
+
     /// Kills it, as a crash would.
     pub(super) fn kill(&mut self) {
         if let Ok(pid) = hosts::only_child(self.child.id()) {
@@ -178,4 +183,12 @@ impl Drop for Endpoint {
             self.kill();
         }
     }
+}
+
+/// Rust's descriptors are closed in children.
+fn inheritable(socket: &UnixStream) -> Result<()> {
+    Ok(rustix::io::fcntl_setfd(
+        socket,
+        rustix::io::FdFlags::empty(),
+    )?)
 }
