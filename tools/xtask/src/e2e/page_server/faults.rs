@@ -12,7 +12,8 @@ use super::{Case, NAME, Store};
 use crate::criu::{Criu, End};
 use crate::crxfer::Receiver;
 use crate::e2e::{Context, Report, Scope};
-use crate::hosts::Rate;
+use crate::hosts::{Host, Rate};
+use crate::run;
 use crate::workload::{Memcached, Values, Workload};
 
 /// Who goes wrong.
@@ -84,7 +85,7 @@ fn goes_wrong(context: &Context, criu: &Criu, fault: Fault, after: Duration) -> 
             Fault::EndpointKilled => endpoint.kill(),
             Fault::EndpointStopped => endpoint.terminate()?,
             Fault::ReceiverKilled => receiver.kill(),
-            Fault::LineDead => case.hosts.b.set_line("down")?,
+            Fault::LineDead => set_line(&case.hosts.b, "down")?,
         }
         let dumped = dump.join().map_err(|_| anyhow!("the dump panicked"))?;
         Ok::<_, anyhow::Error>((dumped, since.elapsed()))
@@ -97,7 +98,7 @@ fn goes_wrong(context: &Context, criu: &Criu, fault: Fault, after: Duration) -> 
     let compared = case.workload.check(host);
     // CRIU killed while the program runs code of CRIU's takes it along, whoever takes the pages.
     let remark = match compared {
-        Err(_) if fault == Fault::CriuKilled && !host.is_running(case.pid) => {
+        Err(_) if fault == Fault::CriuKilled && host.session_of(case.pid).is_empty() => {
             return Ok("CRIU took the program with it".to_owned());
         }
         compared => format!("{} values after {:.1} s", compared?, took.as_secs_f64()),
@@ -106,7 +107,7 @@ fn goes_wrong(context: &Context, criu: &Criu, fault: Fault, after: Duration) -> 
         !case.received.join(NAME).exists(),
         "there is a set of half a dump"
     );
-    case.hosts.b.set_line("up")?;
+    set_line(&case.hosts.b, "up")?;
     drop(endpoint);
     receiver.kill();
     let receiver = case.receive(context)?;
@@ -128,4 +129,8 @@ fn goes_wrong(context: &Context, criu: &Criu, fault: Fault, after: Duration) -> 
     );
     case.restore(&case.received.join(NAME))?;
     Ok(remark)
+}
+
+fn set_line(host: &Host, state: &str) -> Result<()> {
+    run::quiet(host.command("ip").args(["link", "set", "eth0", state])).map(drop)
 }
