@@ -51,6 +51,11 @@ pub struct PagesOptions {
     pub transport: transport::Options,
     /// Most bytes a second on the wire.
     pub bytes_per_s: Option<u64>,
+    /// CRIU is run with `--track-mem` and `--prev-images-dir`: it may leave out pages that the
+    /// destination holds and the kernel calls unchanged. A CRIU without `--prev-images-dir` fails
+    /// when it is told that something is held ("Pid-reuse detection failed"), so this must be false
+    /// for it. What crosses to the destination is the same either way.
+    pub leaves_out: bool,
     /// What is remembered from one dump to the next; of this name at this destination only.
     pub memory: PagesMemory,
 }
@@ -90,6 +95,10 @@ pub struct PagesUpload {
     // Memories of which CRIU may leave out what did not change since they were stored.
     held: BTreeSet<PagemapName>,
     memory: PagesMemory,
+    // CRIU has said something: its dump resets the kernel's tracking, whatever becomes of it.
+    begun: bool,
+    // Batches, and pages that were left out.
+    pages: u64,
     stored: Option<PagesStored>,
     failed: Option<TransferError>,
     // Of what was stored: for the next dump.
@@ -137,7 +146,7 @@ impl PagesUpload {
             (None, Some(remembered)) => remembered.known,
             (None, None) => Known::new(PageSize::of_host()),
         };
-        let may_leave_out = begun.base.continues;
+        let may_leave_out = begun.base.continues && options.leaves_out;
         let held = known.memories().filter(|_| may_leave_out).collect();
         let comparer = Comparer::new(
             Outgoing::building_on(PageSize::of_host(), known),
@@ -155,6 +164,8 @@ impl PagesUpload {
             outcome: Some(begun.outcome),
             held,
             memory: options.memory,
+            begun: false,
+            pages: 0,
             stored: None,
             failed: None,
             compared: None,
@@ -173,9 +184,11 @@ impl PagesUpload {
     pub fn finish(mut self) -> Result<PagesStored, TransferError> {
         let result = match self.stored.take() {
             Some(stored) => Ok(stored),
+            None if !self.begun => Err(self.failed.take().unwrap_or(TransferError::Cancelled)),
             None => Err(self.why_not()),
         };
         let (code, reason) = match &result {
+            Err(_) if !self.begun => (CloseCode::Done, String::new()),
             Ok(_) => (CloseCode::Done, String::new()),
             Err(error) => (error.close_code(), error.to_string()),
         };
@@ -202,7 +215,8 @@ impl PagesUpload {
         }
     }
 
-    fn pass_on(&self, piece: Piece) -> Result<(), SinkError> {
+    fn pass_on(&mut self, piece: Piece) -> Result<(), SinkError> {
+        self.begun = true;
         let pieces = self.pieces.as_ref().ok_or("it has ended")?;
         let sent = pieces.send(piece);
         // What is wrong, `finish` says.
@@ -210,6 +224,15 @@ impl PagesUpload {
     }
 
     fn close_all(&mut self) -> Result<PagesStored, TransferError> {
+        if self.pages == 0 {
+            // A CRIU that has failed says CLOSE like one that has not.
+            let error =
+                local("CRIU closed its stream without a single page: its log says why".into());
+            self.watch.fail(error.to_failure());
+            return Err(error);
+        }
+        // First: the answer may come as soon as the end is on the stream.
+        self.watch.ended();
         let sent = self.pass_on(Piece::End);
         self.pieces = None;
         let comparing = self.comparing.take().ok_or(TransferError::Cancelled)?;
@@ -223,7 +246,6 @@ impl PagesUpload {
                 return Err(error);
             }
         };
-        self.watch.ended();
         let outcome = self.outcome.take().ok_or(TransferError::Cancelled)?;
         let stored = outcome.blocking_recv();
         let stored = stored.map_err(|_| TransferError::Cancelled)??;
@@ -244,6 +266,15 @@ impl PagesUpload {
     }
 }
 
+impl Drop for PagesUpload {
+    fn drop(&mut self) {
+        if !self.begun {
+            // Nothing is lost by that.
+            self.connection.0.close(CloseCode::Done, "");
+        }
+    }
+}
+
 impl PageSink for PagesUpload {
     fn open(&mut self, space: PagemapName) -> Result<bool, SinkError> {
         self.pass_on(Piece::Open(space))?;
@@ -255,6 +286,7 @@ impl PageSink for PagesUpload {
     }
 
     fn pages(&mut self, batch: &Batch, bytes: Bytes) -> Result<(), SinkError> {
+        self.pages += 1;
         self.pass_on(Piece::Pages(*batch, bytes))
     }
 
@@ -262,6 +294,7 @@ impl PageSink for PagesUpload {
         if run.flags != PageFlags::PARENT {
             return Err("CRIU kept pages back (--lazy-pages?)".into());
         }
+        self.pages += run.pages;
         self.pass_on(Piece::InParent(space, run))
     }
 

@@ -310,12 +310,12 @@ mod tests {
         assert_eq!(PagesHeld::from_proto(&proto()), Ok(good.clone()));
         let change: [fn(&mut v1::PagesHeld); 7] = [
             |held| held.kind = 3,
-            |held| drop(held.digests.pop()),
+            |held| held.digests.truncate(95),
             |held| held.digests.truncate(64),
             |held| held.count[1] = 0,
             |held| held.first[1] = 5,
             |held| held.first[1] = u64::MAX,
-            |held| drop(held.first.pop()),
+            |held| held.first.truncate(1),
         ];
         for change in change {
             let mut held = proto();

@@ -9,6 +9,7 @@ mod interrupted;
 mod layouts;
 mod meeting;
 mod pages;
+mod pages_criu;
 mod peers;
 mod remembered;
 mod support;

@@ -84,13 +84,14 @@ fn dump(mut socket: UnixStream, spaces: &[Space], closes: bool) -> Heard {
     heard
 }
 
-fn options(peer: &Peer, to: &Destination) -> PagesOptions {
+pub(crate) fn options(peer: &Peer, to: &Destination) -> PagesOptions {
     PagesOptions {
         target: Target::Ticket(to.ticket()),
         name: SetName::new("web").unwrap(),
         identity: peer.identity(),
         transport: transport::Options::default(),
         bytes_per_s: None,
+        leaves_out: true,
         memory: PagesMemory::default(),
     }
 }
@@ -152,7 +153,7 @@ async fn generations_build_on_each_other_by_content() {
     let record = current(dir.path());
     assert_eq!((record.completeness.as_str(), record.base), ("pages", None));
     assert_eq!(
-        Chain::open(&to.set("web"), None).unwrap().completeness(),
+        Chain::open(to.set("web"), None).unwrap().completeness(),
         Completeness::PagesOnly
     );
 
@@ -214,8 +215,35 @@ async fn pages_that_criu_leaves_out_are_those_of_the_generation_before() {
     // That dump has reset what the kernel tracks: the next one must be whole.
     let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
     assert_eq!(parents, [false]);
+    // One that never began has not.
+    for drops in [true, false] {
+        let (options, handle) = (options.clone(), Handle::current());
+        let nothing = move || {
+            let upload = PagesUpload::connect(options, handle).unwrap();
+            if drops {
+                return drop(upload);
+            }
+            upload.finish().expect_err("nothing came");
+        };
+        tokio::task::spawn_blocking(nothing).await.unwrap();
+        to.settled().await;
+    }
     let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
     assert_eq!(parents, [true]);
+    to.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_criu_that_leaves_nothing_out_is_not_told_that_anything_is_held() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = PagesOptions {
+        leaves_out: false,
+        ..options(&Peer::new(), &to)
+    };
+    upload(&options, vec![full(TASK, 1..=5)]).await;
+    let (parents, stored) = upload(&options, vec![full(TASK, 1..=5)]).await;
+    assert_eq!((parents, stored.fresh_pages), (vec![false], 0));
     to.stop().await;
 }
 
@@ -238,7 +266,7 @@ async fn the_small_images_make_it_complete_in_every_layout() {
         let whole = scratch.path().join("whole");
         images::write_dump(&whole, &numbers);
         assert_eq!(memory(&to.set("web")), memory(&whole), "{layout:?}");
-        let chain = Chain::open(&to.set("web"), None).unwrap();
+        let chain = Chain::open(to.set("web"), None).unwrap();
         assert_eq!(chain.completeness(), Completeness::Complete);
         assert_eq!(chain.levels().len() == 1, layout == Layout::Flat);
         assert!(is_sound(dir.path()), "{layout:?}");
@@ -299,6 +327,15 @@ async fn an_early_end_leaves_nothing() {
     assert_eq!((count(&to.set("web")), partials), (0, 0));
     upload(&options, vec![full(TASK, 1..=3)]).await;
     let before = tree(dir.path());
+
+    // A CRIU that has failed: it says CLOSE all the same.
+    for spaces in [vec![], vec![full(TASK, [])]] {
+        let (heard, stored) = upload_as(options.clone(), spaces, true).await;
+        assert_ne!(heard.status, Some(0));
+        let error = stored.expect_err("no pages").to_string();
+        assert!(error.contains("without a single page"), "{error}");
+        to.settled().await;
+    }
 
     // Given up by another thread.
     let handle = Handle::current();

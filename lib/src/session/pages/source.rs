@@ -27,7 +27,7 @@ pub struct PagesBase {
 pub enum PagesSourceCommand {
     /// Put this message on the control stream.
     Send(Message),
-    /// Everything is known: the dump may begin. Say [`PagesSource::ended`] when it is on the stream.
+    /// Everything is known: the dump may begin. Say [`PagesSource::ended`] before its end.
     Begin(PagesBase),
     /// The destination has stored it; close.
     Stored(PagesStored),
@@ -120,7 +120,7 @@ impl PagesSource {
         Ok(())
     }
 
-    /// All of the dump, its end included, is on the stream.
+    /// All of the dump but its end is on the stream, and that follows now.
     pub fn ended(&mut self) {
         if matches!(self.state, State::Streaming) {
             self.state = State::AwaitStored;

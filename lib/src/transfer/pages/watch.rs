@@ -15,6 +15,9 @@ use crate::wire::{Failure, Message, PagesOffer, PagesStored, limits};
 /// How long a broken stream waits for the destination's reason.
 const EXPLAINED: Duration = Duration::from_secs(2);
 
+/// How long the destination may take to hear why this side gives up.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// A session in which the dump may begin.
 pub(super) struct Begun {
     pub(super) base: PagesBase,
@@ -29,7 +32,7 @@ pub(super) struct Begun {
 pub(super) struct Watch(mpsc::UnboundedSender<Input>);
 
 impl Watch {
-    /// All of the dump is on the stream.
+    /// The end of the dump follows now.
     pub(super) fn ended(&self) {
         let _ = self.0.send(Input::Ended);
     }
@@ -168,6 +171,8 @@ impl Driver {
             let failure = Message::Failure(failure).encode();
             let _ = self.control.write_message(&failure).await;
             let _ = self.control.finish();
+            // Closing at once could drop what was just written. Nobody waits for this but `finish`.
+            let _ = tokio::time::timeout(FAREWELL, self.connection.closed()).await;
             return error;
         }
         let explained = async {

@@ -25,7 +25,7 @@ use crate::transfer::TransferError;
 use crate::transfer::assemble::DEEPEST;
 use crate::transfer::chain::StoredChain;
 use crate::transfer::event::{Event, Received};
-use crate::transport::{Connection, ControlSender, TransportError};
+use crate::transport::{CloseCode, Connection, ControlSender, TransportError};
 use crate::wire::{Generation, HeldRun, Layout, PagesHeld, PagesOffer, PagesStored, held_messages};
 
 /// Takes one dump, or nothing of it.
@@ -91,6 +91,8 @@ struct Driver<'a> {
     place: Option<Place>,
     base: Option<Base>,
     begun: bool,
+    // The source has left without a dump: one that has begun is never given up in silence.
+    withdrawn: bool,
     dumped: Option<DumpedPages>,
 }
 
@@ -111,6 +113,7 @@ impl<'a> Driver<'a> {
             place: None,
             base: None,
             begun: false,
+            withdrawn: false,
             dumped: None,
         }
     }
@@ -155,7 +158,17 @@ impl<'a> Driver<'a> {
                 let message = message.map_err(SessionError::from)?;
                 self.session.handle_message(Instant::now(), message)?;
             }
-            Some(Input::ControlEnded(_)) | None if self.session.is_over() => return Ok(true),
+            Some(Input::ControlEnded(ended)) if self.session.is_over() => {
+                self.withdrawn = matches!(
+                    ended,
+                    Some(TransportError::PeerClosed {
+                        code: CloseCode::Done,
+                        ..
+                    })
+                );
+                return Ok(true);
+            }
+            None if self.session.is_over() => return Ok(true),
             Some(Input::ControlEnded(Some(error))) => return Err(error.into()),
             Some(Input::ControlEnded(None)) | None => return Err(TransportError::CutShort.into()),
             Some(Input::Failed(error)) => return Err(error),
@@ -266,10 +279,8 @@ impl<'a> Driver<'a> {
     // Nothing is written any more, and nothing half stored is left, when this returns.
     async fn end(&mut self) {
         let (receiving, place) = (self.receiving.take(), self.place.take());
-        let unbegun = self
-            .base
-            .take()
-            .filter(|base| base.continues && !self.begun);
+        let is_unbegun = self.withdrawn && !self.begun;
+        let unbegun = self.base.take().filter(|base| base.continues && is_unbegun);
         let store = self.shared.store.clone();
         let ending = spawn_blocking(move || {
             if let Some(receiving) = receiving {
