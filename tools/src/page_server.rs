@@ -102,6 +102,8 @@ fn upload_options(args: &PageServerArgs, target: Target) -> Result<PagesOptions,
         identity: key::of_source(args.identity.as_deref())?,
         transport: args.transport.to_options(),
         bytes_per_s: args.bwlimit.map(|rate| rate.0),
+        // The endpoint tells CRIU only where that is so.
+        leaves_out: true,
         memory: PagesMemory::default(),
     })
 }
