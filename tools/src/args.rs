@@ -2,6 +2,7 @@
 
 mod container;
 mod migrate;
+mod page_server;
 mod recover;
 mod stream;
 
@@ -21,6 +22,7 @@ use crate::size::{Bytes, Rate};
 
 pub(crate) use self::container::{ContainerArgs, RuncSetupArgs, RuntimeArgs};
 pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
+pub(crate) use self::page_server::{FeedArgs, PageServerArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
 pub(crate) use self::stream::{CaptureArgs, ServeArgs, StreamArgs, StreamCommand, VoteArgs};
 
@@ -58,6 +60,8 @@ pub(crate) enum Command {
     Status(StatusArgs),
     Send(SendArgs),
     Stream(StreamArgs),
+    PageServer(PageServerArgs),
+    Feed(FeedArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),

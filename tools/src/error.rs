@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crxfer::criu::streamer::StreamerError;
+use crxfer::criu::endpoint::EndpointError;
+use crxfer::criu::page_feed::FeedError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::preflight::Outcome;
@@ -45,6 +47,12 @@ pub(crate) enum Failed {
     Unsound(String),
     /// Results could not be printed.
     Output(io::Error),
+    /// A page server for CRIU's clients.
+    Endpoint(EndpointError),
+    /// A dump of somebody's CRIU was refused for this reason.
+    Refused(TransferError),
+    /// A `criu page-server` does not take pages.
+    Feed(FeedError),
     /// Records of migrations.
     Journal(JournalError),
     /// A migration could not be ended.
@@ -78,6 +86,9 @@ impl Failed {
             Self::Unresolved(_) => Exit::Connection,
             Self::Usage(_) => Exit::Usage,
             Self::Unsound(_) => Exit::Set,
+            Self::Endpoint(error) => error.into(),
+            Self::Refused(error) => error.into(),
+            Self::Feed(error) => error.into(),
             Self::Journal(error) => error.into(),
             Self::Finish(error) => error.as_ref().into(),
             Self::Doubt(_) => Exit::InDoubt,
@@ -98,6 +109,12 @@ impl Failed {
                 format!("cannot {what} {}: {source}", path.display())
             }
             Self::Usage(text) | Self::Unresolved(text) | Self::Unsound(text) => text.clone(),
+            Self::Endpoint(error) => with_causes(error),
+            Self::Refused(error) => format!(
+                "CRIU was refused, the application runs on: {}",
+                with_causes(error)
+            ),
+            Self::Feed(error) => with_causes(error),
             Self::Journal(error) => with_causes(error),
             Self::Finish(error) => with_causes(error.as_ref()),
             Self::Doubt(left) => format!("still unfinished:\n  {left}"),

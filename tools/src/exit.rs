@@ -4,6 +4,9 @@ use std::fmt::Write as _;
 use std::io;
 
 use crxfer::criu::streamer::StreamerError;
+use crxfer::criu::endpoint::{EndpointError, SessionError as DumpError};
+use crxfer::criu::page_client::ServeError;
+use crxfer::criu::page_feed::FeedError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::live::LiveError;
@@ -86,7 +89,7 @@ impl Exit {
         ),
         (
             Self::Criu,
-            "migrate, stream: CRIU failed, here or there; the workload runs on here",
+            "CRIU failed, here or there (migrate, page-server, stream: the workload runs on here)",
         ),
         (
             Self::InDoubt,
@@ -98,7 +101,7 @@ impl Exit {
         ),
         (
             Self::FreezeLimit,
-            "migrate, stream: frozen for --freeze-limit; the workload runs on here",
+            "migrate, page-server, stream: frozen for --freeze-limit; the workload runs on here",
         ),
         (Self::Stopped, "stopped by Ctrl-C or SIGTERM"),
     ];
@@ -190,6 +193,47 @@ impl From<&StreamerError> for Exit {
                 Self::GivenUp
             }
             _ => Self::Criu,
+        }
+    }
+}
+
+impl From<&EndpointError> for Exit {
+    fn from(error: &EndpointError) -> Self {
+        match error {
+            EndpointError::Io { .. } => Self::Storage,
+            EndpointError::NoStream => Self::Usage,
+            EndpointError::Stuck(_) => Self::FreezeLimit,
+            EndpointError::Session(error) => error.into(),
+        }
+    }
+}
+
+impl From<&DumpError> for Exit {
+    fn from(error: &DumpError) -> Self {
+        match error {
+            // What a sink says, the command looks into itself.
+            DumpError::Serve(ServeError::Sink(_)) | DumpError::Refused(_) => Self::Destination,
+            DumpError::Serve(ServeError::Stream(_) | ServeError::Io { .. })
+            | DumpError::Silent(_)
+            | DumpError::Behind => Self::Criu,
+            DumpError::Slow(_) | DumpError::NoTurn(_) => Self::FreezeLimit,
+            DumpError::TooMany => Self::Connection,
+            DumpError::Stopped => Self::Stopped,
+            DumpError::Panicked => Self::Fault,
+        }
+    }
+}
+
+impl From<&FeedError> for Exit {
+    fn from(error: &FeedError) -> Self {
+        match error {
+            FeedError::Image(error) => error.into(),
+            FeedError::Io { .. } => Self::Connection,
+            FeedError::Nothing => Self::Set,
+            FeedError::Ended { .. }
+            | FeedError::Silent { .. }
+            | FeedError::NoServer(_)
+            | FeedError::Refused(_) => Self::Criu,
         }
     }
 }

@@ -7,11 +7,13 @@ mod args;
 mod container;
 mod error;
 mod exit;
+mod feed;
 mod generate;
 mod inspect;
 mod key;
 mod migrate;
 mod output;
+mod page_server;
 mod pids;
 mod progress;
 mod recover;
@@ -73,6 +75,8 @@ fn run(command: Command) -> Result<(), Failed> {
         Command::Action => unreachable!("done before"),
         Command::Send(args) => block_on(send::run(args), LAST_READ),
         Command::Stream(args) => block_on(stream::run(args), LAST_READ),
+        Command::PageServer(args) => block_on(page_server::run(args), LAST_READ),
+        Command::Feed(args) => feed::run(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => inspect::diff(&args),

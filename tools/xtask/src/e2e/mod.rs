@@ -6,6 +6,7 @@
 mod docker;
 mod lxc;
 mod migrate;
+mod page_server;
 mod restore;
 mod streamer;
 mod runc;
@@ -78,6 +79,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
     streamer::cases(&context, &mut report);
+    page_server::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
     lxc::cases(&context, &mut report);
     docker::cases(&context, &mut report);
