@@ -46,6 +46,7 @@ pub(crate) fn dumped(
         command: command.clone(),
         runtime: args.restore_as.clone().unwrap_or_default(),
         container: args.container.clone().unwrap_or_default(),
+        forget: None,
         action: action_program(),
     });
     Ok(Dumped {
@@ -88,6 +89,8 @@ fn runc(args: &ContainerArgs, id: &str, criu: &CriuOptions) -> Result<Dumped, Fa
             ),
             runtime: "runc".to_owned(),
             container: container.to_owned(),
+            // Without --force: it may run again, under the same name.
+            forget: Some(format!("{base} delete {id}")),
             action: action_program(),
         }),
     })

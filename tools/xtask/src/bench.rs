@@ -2,7 +2,7 @@
 //! `--kind migrate`, whole migrations against other ways to move a process; with `--kind lxc`, those of
 //! LXC containers against LXC's own tool.
 
-mod baseline;
+pub(crate) mod baseline;
 mod lxc;
 mod migrate;
 

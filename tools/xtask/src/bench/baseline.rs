@@ -94,13 +94,14 @@ impl Clock {
     }
 }
 
-/// `rsync --daemon` on the destination. It ends with its host at the latest.
-pub(super) struct Daemon {
+/// `rsync --daemon` on the destination.
+#[derive(Debug)]
+pub(crate) struct Daemon {
     child: Child,
 }
 
 impl Daemon {
-    pub(super) fn start(host: &Host, directory: &Path, memory: &Scratch) -> Result<Self> {
+    pub(crate) fn start(host: &Host, directory: &Path, memory: &Scratch) -> Result<Self> {
         let configuration: PathBuf = memory.path().join("rsyncd.conf");
         fs::write(
             &configuration,
@@ -125,7 +126,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    pub(super) fn copy(&self, from: &Host, to: &Host, directory: &Path) -> Result<()> {
+    pub(crate) fn copy(&self, from: &Host, to: &Host, directory: &Path) -> Result<()> {
         let source = format!("{}/", directory.display());
         let target = format!("rsync://{}:{RSYNC_PORT}/images/", to.address);
         let mut command = from.command("rsync");

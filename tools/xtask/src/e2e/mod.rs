@@ -6,6 +6,7 @@
 mod lxc;
 mod migrate;
 mod restore;
+mod runc;
 mod trouble;
 mod volume;
 
@@ -76,6 +77,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     restore::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
     lxc::cases(&context, &mut report);
+    runc::cases(&context, &mut report);
     Ok(report.tally)
 }
 

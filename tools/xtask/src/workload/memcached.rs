@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -47,6 +48,30 @@ impl Memcached {
 
 impl Workload for Memcached {
     fn start(&mut self, host: &Host) -> Result<u32> {
+        self.start_by(host, &|program, arguments| {
+            host.start_workload(program, arguments)
+        })
+    }
+
+    fn write(&mut self, host: &Host) -> Result<()> {
+        self.rounds += 1;
+        let changed = self.values.change(self.rounds % self.step, self.step);
+        host.within(|| Client::connect()?.set(&self.values, &changed))?;
+        host.wait_for_closed_connections()
+    }
+
+    fn check(&self, host: &Host) -> Result<usize> {
+        host.within(|| Client::connect()?.compare(&self.values))
+    }
+}
+
+impl Memcached {
+    /// Starts it on `host` in a way of the caller's, which gives its pid there.
+    pub(crate) fn start_by(
+        &mut self,
+        host: &Host,
+        start: &dyn Fn(&Path, &[&str]) -> Result<u32>,
+    ) -> Result<u32> {
         let program = run::find_program("memcached").context("memcached is not installed")?;
         let limit = (self.values.bytes() * 2 / (1 << 20) + 64).to_string();
         let port = Self::PORT.to_string();
@@ -59,7 +84,7 @@ impl Workload for Memcached {
             // Asking for limits of another user's process needs a right that containers lack.
             "root", "-l", address, "-p", &port, "-U", udp_port, "-t", "2", "-m", &limit,
         ];
-        let pid = host.start_workload(&program, &arguments)?;
+        let pid = start(&program, &arguments)?;
         let all: Vec<usize> = (0..self.values.len()).collect();
         host.within(|| {
             let mut client = Client::connect()?;
@@ -71,17 +96,6 @@ impl Workload for Memcached {
         })?;
         host.wait_for_closed_connections()?;
         Ok(pid)
-    }
-
-    fn write(&mut self, host: &Host) -> Result<()> {
-        self.rounds += 1;
-        let changed = self.values.change(self.rounds % self.step, self.step);
-        host.within(|| Client::connect()?.set(&self.values, &changed))?;
-        host.wait_for_closed_connections()
-    }
-
-    fn check(&self, host: &Host) -> Result<usize> {
-        host.within(|| Client::connect()?.compare(&self.values))
     }
 }
 
