@@ -21,6 +21,9 @@ pub struct DumpCommand {
     pub runtime: String,
     /// The container's name there; may be empty.
     pub container: String,
+    /// Has the runtime here forget the workload, where that was ended behind the command's back; run by
+    /// `sh -c`. It must leave one alone that runs.
+    pub forget: Option<String>,
     /// What answers CRIU's action scripts.
     pub action: ActionProgram,
 }

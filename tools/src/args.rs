@@ -17,7 +17,7 @@ use crxfer::wire::Layout;
 use crate::exit;
 use crate::size::{Bytes, Rate};
 
-pub(crate) use self::container::{ContainerArgs, RuntimeArgs};
+pub(crate) use self::container::{ContainerArgs, RuncSetupArgs, RuntimeArgs};
 pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
 
@@ -61,6 +61,7 @@ pub(crate) enum Command {
     List(ListArgs),
     Rm(RmArgs),
     Keygen(KeygenArgs),
+    RuncSetup(RuncSetupArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
     #[command(hide = true)]

@@ -1,13 +1,16 @@
 //! Commands of container runtimes, as the options ask for them.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crxfer::criu::CriuOptions;
 use crxfer::runtime::{ActionProgram, DumpCommand, RestoreCommand};
+use crxfer::transfer::external::action;
 use serde_json::Value;
 
-use crate::args::{ContainerArgs, RuntimeArgs};
+use crate::args::{ContainerArgs, RuncSetupArgs, RuntimeArgs};
 use crate::error::Failed;
 use crate::migrate::own_guard;
 
@@ -23,7 +26,7 @@ pub(crate) struct Dumped {
 }
 
 /// This program, as what answers CRIU.
-fn action() -> ActionProgram {
+fn action_program() -> ActionProgram {
     ActionProgram {
         program: own_guard().map_or_else(|| "crxfer".into(), |guard| guard.program),
         args: vec!["action".into()],
@@ -43,7 +46,8 @@ pub(crate) fn dumped(
         command: command.clone(),
         runtime: args.restore_as.clone().unwrap_or_default(),
         container: args.container.clone().unwrap_or_default(),
-        action: action(),
+        forget: None,
+        action: action_program(),
     });
     Ok(Dumped {
         pid,
@@ -85,7 +89,9 @@ fn runc(args: &ContainerArgs, id: &str, criu: &CriuOptions) -> Result<Dumped, Fa
             ),
             runtime: "runc".to_owned(),
             container: container.to_owned(),
-            action: action(),
+            // Without --force: it may run again, under the same name.
+            forget: Some(format!("{base} delete {id}")),
+            action: action_program(),
         }),
     })
 }
@@ -145,18 +151,68 @@ fn runc_pid(root: Option<&Path>, id: &str) -> Result<u32, Failed> {
 
 /// Whether runc's CRIU will ask before it goes on.
 fn has_hold() -> Result<(), Failed> {
-    let text = std::fs::read_to_string(RUNC_CONF).unwrap_or_default();
-    let script = text.lines().find_map(|line| {
-        let line = line.trim().trim_start_matches("--");
-        line.strip_prefix("action-script").map(str::trim)
-    });
-    match script {
-        Some(script) if script.contains("crxfer") => Ok(()),
-        _ => Err(Failed::Usage(format!(
-            "runc's CRIU would not wait for the other host: {RUNC_CONF} has no action-script that calls \
-             `crxfer action`; run `crxfer runc-setup`"
-        ))),
+    let text = fs::read_to_string(RUNC_CONF).unwrap_or_default();
+    let script = setting(&text, "action-script");
+    if script.is_some_and(|script| Path::new(script).exists() && script.contains("crxfer")) {
+        return Ok(());
     }
+    Err(Failed::Usage(format!(
+        "runc's CRIU would not wait for the other host: {RUNC_CONF} names no action script of crxfer's; \
+         run `crxfer runc-setup`, once on each host"
+    )))
+}
+
+fn setting<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| {
+        let line = line.trim().trim_start_matches("--");
+        let value = line.strip_prefix(name)?;
+        value.starts_with(char::is_whitespace).then(|| value.trim())
+    })
+}
+
+/// Writes the action script and what the file of options lacks.
+pub(crate) fn set_up_runc(args: &RuncSetupArgs) -> Result<(), Failed> {
+    let conf = absolute(&args.conf);
+    let directory = conf.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(directory).map_err(Failed::file("make", directory))?;
+    let script = directory.join("crxfer-action");
+    if script.to_string_lossy().contains(char::is_whitespace) {
+        let path = script.display();
+        return Err(Failed::Usage(format!(
+            "{path}: CRIU takes no path with a space in it"
+        )));
+    }
+    let mut text = match fs::read_to_string(&conf) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Failed::file("read", &conf)(error));
+        }
+        text => text.unwrap_or_default(),
+    };
+    let other = setting(&text, "action-script").filter(|other| Path::new(other) != script);
+    if let Some(other) = other {
+        return Err(Failed::Usage(format!(
+            "{} has the action script {other} already: have it end with `exec {}`, or remove it",
+            conf.display(),
+            script.display()
+        )));
+    }
+    let written = action::script(&action_program()).and_then(|text| {
+        fs::write(&script, text)?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))
+    });
+    written.map_err(Failed::file("write", &script))?;
+    if !text.is_empty() && !text.ends_with('\n') {
+        text.push('\n');
+    }
+    for (name, value) in [
+        ("action-script", script.to_string_lossy().as_ref()),
+        ("network-lock", "nftables"),
+    ] {
+        if setting(&text, name).is_none() {
+            text.push_str(&format!("{name} {value}\n"));
+        }
+    }
+    fs::write(&conf, text).map_err(Failed::file("write", &conf))
 }
 
 /// The commands that the options name.
@@ -174,7 +230,7 @@ pub(crate) fn runtimes(args: &RuntimeArgs) -> Result<Vec<RestoreCommand>, Failed
             command: command.clone(),
             remove: removes(runtime),
             bundles: None,
-            action: action(),
+            action: action_program(),
         });
     let mut runtimes: Vec<_> = named.collect();
     if let Some(bundles) = &args.runc_bundles {
@@ -191,7 +247,7 @@ pub(crate) fn runtimes(args: &RuntimeArgs) -> Result<Vec<RestoreCommand>, Failed
             ),
             remove: Some(format!("{base} delete --force \"$CRXFER_CONTAINER\"")),
             bundles: Some(absolute(bundles)),
-            action: action(),
+            action: action_program(),
         });
     }
     Ok(runtimes)

@@ -77,6 +77,7 @@ fn run(command: Command) -> Result<(), Failed> {
         Command::Flatten(args) => inspect::flatten(&args),
         Command::List(args) => sets::list(&args),
         Command::Rm(args) => sets::rm(&args),
+        Command::RuncSetup(args) => container::set_up_runc(&args),
         Command::Keygen(args) => generate::keygen(&args),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),

@@ -13,17 +13,21 @@
 //! - [`causes`] turns CRIU's own words into a sentence that says what to do.
 //! - [`page_server`] is the protocol in which CRIU sends memory, as a state machine without I/O;
 //!   [`page_client`] reads it from a socket and hands the pages to a [`page_client::PageSink`].
+//! - [`endpoint`] is where CRIUs that somebody else starts connect to: a port, or a socket for many dumps.
+//! - [`page_feed`] is the other way round: the pages of a set go to a real `criu page-server`.
 //! - [`network_lock`] removes the firewall rules that CRIU leaves behind.
 //!
 //! Everything blocks and needs no runtime: one plain thread for a worker, one for its memory.
 //! Nothing here looks into images, knows the peer host, or decides when to freeze.
 
 pub mod causes;
+pub mod endpoint;
 mod error;
 mod log;
 pub mod network_lock;
 pub mod options;
 pub mod page_client;
+pub mod page_feed;
 pub mod page_server;
 mod process;
 pub mod rpc;

@@ -69,6 +69,8 @@ pub struct Served {
     pub bytes: u64,
     /// What `close` answered.
     pub status: i32,
+    /// CRIU was given its socket, and leaves it open: the next session may begin on it.
+    pub keeps_socket: bool,
 }
 
 /// Why a session did not end with its CLOSE.
@@ -109,8 +111,18 @@ pub fn serve(
     page_size: PageSize,
     sink: &mut dyn PageSink,
 ) -> Result<Served, ServeError> {
+    serve_next(socket, page_size, None, sink)
+}
+
+/// The same on a socket whose earlier session had this layout.
+pub fn serve_next(
+    socket: &mut (impl Read + Write),
+    page_size: PageSize,
+    layout: Option<HeaderLayout>,
+    sink: &mut dyn PageSink,
+) -> Result<Served, ServeError> {
     let mut session = Session {
-        server: PageServer::new(page_size),
+        server: PageServer::following(page_size, layout),
         header: HeaderBytes::default(),
         buffers: Buffers::default(),
         served: Served {
@@ -118,6 +130,7 @@ pub fn serve(
             spaces: 0,
             bytes: 0,
             status: 0,
+            keeps_socket: false,
         },
     };
     loop {
@@ -216,7 +229,8 @@ impl Session {
             }
             Event::Run { run, .. } if run.flags.is_present() => {}
             Event::Run { space, run } => sink.elsewhere(space, run).map_err(ServeError::Sink)?,
-            Event::Close { .. } => {
+            Event::Close { force } => {
+                self.served.keeps_socket = force;
                 self.served.status = sink.close().map_err(ServeError::Sink)?;
                 send(socket, self.server.answer_close(self.served.status)?)?;
             }

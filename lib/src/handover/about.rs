@@ -30,6 +30,9 @@ pub struct SourceAbout {
     /// The command that starts CRIU in the place of a CRIU of our own: it leads a process group.
     #[serde(default)]
     pub command: Option<Process>,
+    /// A command that has the runtime forget a workload that was ended.
+    #[serde(default)]
+    pub forget: Option<String>,
     /// The fence, once there is one.
     pub fence: Option<Fence>,
     /// What to do where the destination cannot be reached.

@@ -286,6 +286,7 @@ fn options(pid: u32, work: &Path, target: Target, events: MigrateEvents) -> Migr
     std::mem::forget(stop);
     MigrateOptions {
         pid,
+        external: None,
         name: None,
         target,
         identity: Peer::new().identity(),
@@ -442,6 +443,7 @@ async fn a_tree_whose_pids_are_taken_is_refused_and_not_touched() {
     let dir = place.path().join("in");
     let to = Destination::with(|| crxfer::transfer::ReceiveOptions {
         restore: Some(crxfer::transfer::RestoreHost {
+            runtimes: Vec::new(),
             program: "criu".into(),
             config_file: None,
             hooks: Hooks::none(Side::Destination),

@@ -72,6 +72,19 @@ pub(crate) struct RuntimeArgs {
     pub(crate) runc_root: Option<PathBuf>,
 }
 
+/// Have runc's CRIU wait for the other host
+///
+/// Writes an action script beside FILE, and the lines that FILE lacks: `action-script` and
+/// `network-lock nftables`. What else is in it stays. Needed once on each host whose containers are
+/// moved; a CRIU that is of no migration does not notice.
+#[derive(Debug, Args)]
+pub(crate) struct RuncSetupArgs {
+    /// The file with runc's options for CRIU
+    #[arg(long, value_name = "FILE", default_value = "/etc/criu/runc.conf",
+        value_hint = ValueHint::FilePath)]
+    pub(crate) conf: PathBuf,
+}
+
 fn named(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, command)) if !name.is_empty() && !command.is_empty() => {

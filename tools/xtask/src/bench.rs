@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: whole transfers against a bare QUIC copy, in pairs that take turns; with
 //! `--kind migrate`, whole migrations against other ways to move a process.
 
-mod baseline;
+pub(crate) mod baseline;
 mod migrate;
 
 use std::fs;

@@ -1,5 +1,6 @@
 //! A memcached that serves clients while it is moved: what migrations are measured and tested with.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -39,22 +40,23 @@ pub(crate) struct Seen {
 impl Stage {
     /// Starts everything, with `mib` of values of which `writes` are rewritten a second.
     pub(crate) fn start(rate: Rate, mib: u64, writes: u32) -> Result<Self> {
-        Self::start_by(rate, mib, writes, |memcached, network| {
-            memcached.start(&network.hosts.a)
+        Self::start_by(rate, mib, writes, &|network, program, arguments| {
+            network.hosts.a.start_workload(program, arguments)
         })
     }
 
-    /// The same with a memcached that `start` starts on A and fills; it gives its pid there.
+    /// The same with a memcached that `start` starts.
     pub(crate) fn start_by(
         rate: Rate,
         mib: u64,
         writes: u32,
-        start: impl FnOnce(&mut Memcached, &Network) -> Result<u32>,
+        start: &dyn Fn(&Network, &Path, &[&str]) -> Result<u32>,
     ) -> Result<Self> {
         let network = Network::new(rate)?;
         let count = usize::try_from(mib)? * 1_000_000 / VALUE_BYTES;
         let mut memcached = Memcached::serving(Values::new(count, VALUE_BYTES));
-        let pid = start(&mut memcached, &network)?;
+        let a = &network.hosts.a;
+        let pid = memcached.start_by(a, &|program, words| start(&network, program, words))?;
         let question = Question::MemcachedUdp {
             port: Memcached::PORT,
         };

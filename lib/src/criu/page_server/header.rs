@@ -137,11 +137,20 @@ impl Header {
 #[derive(Debug, Default)]
 pub(super) struct Collector {
     layout: Option<HeaderLayout>,
+    /// That of an earlier session on the same socket.
+    earlier: Option<HeaderLayout>,
     bytes: [u8; NEW_LEN],
     filled: usize,
 }
 
 impl Collector {
+    pub(super) fn following(earlier: Option<HeaderLayout>) -> Self {
+        Self {
+            earlier,
+            ..Self::default()
+        }
+    }
+
     pub(super) fn layout(&self) -> Option<HeaderLayout> {
         self.layout
     }
@@ -183,14 +192,16 @@ impl Collector {
     ///
     /// A first message has neither pages nor an address, but a `dst_id`. Bytes 16 to 24 are the
     /// address in the long layout, the id in the short one. The padding says nothing. A session
-    /// that only closes has no id: then the short layout is taken, which at worst leaves the
-    /// last 8 bytes of the connection unread.
+    /// that only closes has no id: then the layout of an earlier one on the same socket decides, or
+    /// the short one is taken, which at worst leaves the last 8 bytes of the message unread.
     fn detect(&self) -> Result<HeaderLayout, PageServerError> {
-        let header = Header::parse(HeaderLayout::Old, &self.bytes)?;
+        let header =
+            Header::parse(HeaderLayout::Old, &self.bytes).map_err(|_| PageServerError::BadBegin)?;
         if !header.op.begins() || header.flags != 0 || header.vaddr != 0 {
             return Err(PageServerError::BadBegin);
         }
-        let long = header.dst_id == 0 && !header.op.is_close();
+        let long = header.dst_id == 0
+            && (!header.op.is_close() || self.earlier == Some(HeaderLayout::New));
         Ok(if long {
             HeaderLayout::New
         } else {

@@ -188,9 +188,15 @@ enum Question {
 impl PageServer {
     /// Before the first byte. `page_size` is that of the host that CRIU runs on.
     pub fn new(page_size: PageSize) -> Self {
+        Self::following(page_size, None)
+    }
+
+    /// The same on a socket whose earlier session had this layout: a session that only closes does not
+    /// show its own.
+    pub fn following(page_size: PageSize, layout: Option<HeaderLayout>) -> Self {
         Self {
             page_size,
-            headers: Collector::default(),
+            headers: Collector::following(layout),
             state: State::Header,
             open: None,
             seen: HashSet::new(),

@@ -25,6 +25,7 @@ fn about(name: &str) -> SourceAbout {
         foreign_tables: Vec::new(),
         criu: None,
         command: None,
+        forget: None,
         fence: None,
         partition_wait_ms: 0,
         on_partition: OnPartition::Hold,

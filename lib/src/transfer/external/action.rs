@@ -26,8 +26,11 @@ pub(in crate::transfer) const POINTER: &str = ".crxfer-action";
 /// Name of the socket in its directory.
 pub(in crate::transfer) const SOCKET_NAME: &str = "action.sock";
 
-/// File beside the socket, written when CRIU has let a copy go: the pid of its root.
-pub(in crate::transfer) const RESUMED: &str = "resumed";
+/// File beside the socket, written when CRIU begins to build a copy.
+const BEGUN: &str = "begun";
+
+/// The same when CRIU has let it go: the pid of its root.
+const RESUMED: &str = "resumed";
 
 /// Where sockets of dumps are found by the root of the tree.
 const BY_ROOT: &str = "/run/crxfer/actions";
@@ -39,12 +42,11 @@ const MOST_BYTES: u64 = 512;
 const LINE_TIME: Duration = Duration::from_secs(2);
 
 /// Stages that a migration has to hear of. CRIU waits for a shell and a program at each of them.
-const STAGES: [Stage; 6] = [
+const STAGES: [Stage; 5] = [
     Stage::PreDump,
     Stage::PostDump,
     Stage::PreRestore,
     Stage::PostRestore,
-    Stage::PreResume,
     Stage::PostResume,
 ];
 
@@ -81,23 +83,30 @@ pub fn report(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool, Actio
     let Some(socket) = socket.or_else(|| find(images.as_deref(), stage, root)) else {
         return Ok(true);
     };
-    if stage == Stage::PostResume
-        && let Some(place) = socket.parent()
-    {
-        // It is read where nobody is left to be told.
-        let _ = fs::write(place.join(RESUMED), root.to_string());
-    }
+    note(&socket, stage, root);
     let criu = images.as_deref().and_then(criu_of).unwrap_or(0);
     let images = images.as_ref().map_or("".into(), |it| it.to_string_lossy());
     let answer = ask(&socket, &format!("{name} {criu} {root} {images}\n"));
     match answer {
         Ok(answer) => Ok(answer),
         // It was allowed to go on, whatever has become of who allowed it.
-        Err(_) if matches!(stage, Stage::PreResume | Stage::PostResume) => Ok(true),
+        Err(_) if stage == Stage::PostResume => Ok(true),
         Err(source) => Err(ActionError::Gone {
             path: socket,
             source,
         }),
+    }
+}
+
+// It is read where nobody is left to be told.
+fn note(socket: &Path, stage: Stage, root: u32) {
+    let name = match stage {
+        Stage::PreRestore => BEGUN,
+        Stage::PostResume => RESUMED,
+        _ => return,
+    };
+    if let Some(place) = socket.parent() {
+        let _ = fs::write(place.join(name), root.to_string());
     }
 }
 
@@ -182,6 +191,27 @@ fn beside<T>(socket: &Path, open: impl Fn(&Path) -> io::Result<T>) -> io::Result
     open(&PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name))
 }
 
+/// Whether a CRIU has begun to build a copy from the images of `place`.
+pub(in crate::transfer) fn has_begun(place: &Path) -> bool {
+    place.join(BEGUN).exists()
+}
+
+/// The root of a copy that CRIU has let go, as it was when its script said so.
+pub(in crate::transfer) fn resumed(place: &Path) -> Option<u32> {
+    fs::read_to_string(place.join(RESUMED))
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// Forgets both, before a copy is built again.
+pub(in crate::transfer) fn forget(place: &Path) {
+    for name in [BEGUN, RESUMED] {
+        let _ = fs::remove_file(place.join(name));
+    }
+}
+
 /// A stage that CRIU is in, with the script that waits for an answer.
 #[derive(Debug)]
 pub(in crate::transfer) struct Report {
@@ -218,16 +248,10 @@ pub(in crate::transfer) fn listen(
     let listener = beside(&socket, |path| UnixListener::bind(path))?;
     listener.set_nonblocking(true)?;
     let script = place.join("action");
-    let names: Vec<_> = STAGES.iter().map(ToString::to_string).collect();
-    let mut command = quoted(program.program.as_os_str())?;
-    for argument in &program.args {
-        command.push(' ');
-        command.push_str(&quoted(argument)?);
-    }
+    let variable = format!("{SOCKET}={} ", quoted(socket.as_os_str())?);
     let text = format!(
-        "#!/bin/sh\n# The action script of a migration; made by crxfer.\ncase $CRTOOLS_SCRIPT_ACTION in\n{}) {SOCKET}={} exec {command} ;;\nesac\n",
-        names.join("|"),
-        quoted(socket.as_os_str())?,
+        "#!/bin/sh\n# The action script of a migration; made by crxfer.\n{}",
+        case(program, &variable)?
     );
     let mut file = OpenOptions::new()
         .write(true)
@@ -237,6 +261,28 @@ pub(in crate::transfer) fn listen(
         .open(&script)?;
     file.write_all(text.as_bytes())?;
     Ok((listener, script))
+}
+
+/// The text of an action script for every CRIU of this host: `program` looks for the migration itself.
+pub fn script(program: &ActionProgram) -> io::Result<String> {
+    Ok(format!(
+        "#!/bin/sh\n# CRIU's action script; made by crxfer. Does nothing for a CRIU of no migration.\n{}",
+        case(program, "")?
+    ))
+}
+
+// CRIU waits for it at every stage: few have to be heard of.
+fn case(program: &ActionProgram, before: &str) -> io::Result<String> {
+    let names: Vec<_> = STAGES.iter().map(ToString::to_string).collect();
+    let mut command = quoted(program.program.as_os_str())?;
+    for argument in &program.args {
+        command.push(' ');
+        command.push_str(&quoted(argument)?);
+    }
+    let names = names.join("|");
+    Ok(format!(
+        "case $CRTOOLS_SCRIPT_ACTION in\n{names}) {before}exec {command} ;;\nesac\n"
+    ))
 }
 
 fn quoted(text: &std::ffi::OsStr) -> io::Result<String> {

@@ -35,6 +35,9 @@ const TIDY_TIME: Duration = Duration::from_millis(100);
 /// Between looks at what cannot be waited for.
 const STEP: Duration = Duration::from_millis(50);
 
+/// The same where somebody waits.
+const SHORT_STEP: Duration = Duration::from_millis(5);
+
 /// How much of what a command printed is quoted.
 const MOST_OUTPUT_BYTES: u64 = 1000;
 
@@ -425,4 +428,41 @@ impl Drop for External {
 )]
 fn now() -> Instant {
     Instant::now()
+}
+
+/// Runs a command of the operator's that tidies up, to its end or for `longest`. Blocks.
+pub(in crate::transfer) fn run_to_end(
+    command: &str,
+    work: &Path,
+    variables: Variables,
+    longest: Duration,
+) -> Result<(), String> {
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", command])
+        .envs(variables)
+        .env("CRXFER_WORK", work)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0);
+    let failed = |what: String| format!("`{command}` {what}");
+    let mut child = shell
+        .spawn()
+        .map_err(|error| failed(format!("cannot be run: {error}")))?;
+    let leader = Process::of(child.id());
+    let until = now() + longest;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) if status.success() => return Ok(()),
+            Ok(Some(status)) => return Err(failed(format!("failed ({status})"))),
+            Ok(None) if now() < until => std::thread::sleep(SHORT_STEP),
+            _ => break,
+        }
+    }
+    if let Some(leader) = leader {
+        kill_group(leader);
+    }
+    let _ = child.wait();
+    Err(failed(format!("did not end in {} s", longest.as_secs())))
 }

@@ -1,6 +1,6 @@
 //! Where the memory of a dump comes from that a command makes.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -12,7 +12,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::Shutdown;
 
-use crate::criu::page_client::{PageSink, SinkError};
+use crate::criu::endpoint::local::serve_here;
+use crate::criu::page_client::{self, PageSink, SinkError};
 use crate::criu::page_server::Batch;
 use crate::image::{ImageDir, Pagemap, PagemapName};
 use crate::page::PageSize;
@@ -62,42 +63,25 @@ pub(in crate::transfer) enum Memory {
 }
 
 impl Memory {
-    /// CRIU must not wait for a socket that nobody reads.
-    pub(in crate::transfer) fn close(self) {
-        if let Self::Stream(stream) = &self {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
-    }
-}
-
-impl Read for Memory {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    /// Passes it on as CRIU sends it, to its end.
+    pub(in crate::transfer) fn serve(
+        self,
+        page: PageSize,
+        sink: &mut dyn PageSink,
+    ) -> Result<(), SinkError> {
         match self {
-            Self::Pair(stream) => stream.read(buffer),
-            Self::Stream(stream) => stream.read(buffer),
-            Self::Files(_) => Ok(0),
+            Self::Pair(mut socket) => {
+                page_client::serve(&mut socket, page, sink)?;
+            }
+            Self::Stream(stream) => {
+                let socket = OwnedFd::from(stream);
+                let served = serve_here(&socket, page, sink);
+                // The door has a handle to it, too: CRIU must not wait for a socket that nobody reads.
+                let _ = rustix::net::shutdown(&socket, Shutdown::Both);
+                served?;
+            }
+            Self::Files(images) => read_files(&images, page, sink)?,
         }
-    }
-
-    fn read_vectored(&mut self, buffers: &mut [io::IoSliceMut<'_>]) -> io::Result<usize> {
-        match self {
-            Self::Pair(stream) => stream.read_vectored(buffers),
-            Self::Stream(stream) => stream.read_vectored(buffers),
-            Self::Files(_) => Ok(0),
-        }
-    }
-}
-
-impl Write for Memory {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Pair(stream) => stream.write(bytes),
-            Self::Stream(stream) => stream.write(bytes),
-            Self::Files(_) => Err(io::ErrorKind::Unsupported.into()),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
@@ -212,11 +196,7 @@ fn is_of_this_user(peer: SocketAddr) -> bool {
 }
 
 /// Reads the memory in the directory `images` and passes it on as CRIU would have sent it.
-pub(in crate::transfer) fn read_files(
-    images: &Path,
-    page: PageSize,
-    sink: &mut dyn PageSink,
-) -> Result<(), SinkError> {
+fn read_files(images: &Path, page: PageSize, sink: &mut dyn PageSink) -> Result<(), SinkError> {
     let directory = ImageDir::open(images)?;
     let listing = directory.list_memory()?;
     let mut names: Vec<String> = listing.files.iter().map(|file| file.name.clone()).collect();

@@ -15,6 +15,7 @@ use crate::hooks::{self, Environment, Hooks, Side};
 use crate::preflight::Facts;
 use crate::standby;
 use crate::transfer::TransferError;
+use crate::transfer::external::{action, command};
 use crate::transfer::recv::{check_images, orphans, restore};
 use crate::tree::{Process, boot_id, copy};
 
@@ -229,6 +230,9 @@ pub(in crate::transfer) fn bring_to_life(
         copy::Found::Leftovers(left) => remove_leftovers(&left)?,
         copy::Found::Nothing => {}
     }
+    if let Some(wanted) = wanted_by_command(about) {
+        restore::remove_from_runtime(&wanted)?;
+    }
     let images = about.place.join(standby::FINAL);
     let advice = |what: String| {
         format!(
@@ -319,15 +323,27 @@ fn wanted_by_command(about: &DestinationAbout) -> Option<restore::Wanted> {
 /// Ends what is left of a copy that was never let go; says what that was. Its images stay. Blocks.
 pub(in crate::transfer) fn clear(about: &DestinationAbout) -> Result<Vec<String>, String> {
     let left = match look(about) {
-        copy::Found::Nothing => return Ok(Vec::new()),
+        copy::Found::Nothing => Vec::new(),
         copy::Found::Leftovers(left) => left,
         // Only CRIU's word makes it the copy: it may be a stranger with the copy's pids.
-        copy::Found::Runs { pid } if copy::was_let_go(&log_of(about)) => processes_of(about, pid),
+        copy::Found::Runs { pid } if was_let_go(about) => processes_of(about, pid),
         copy::Found::Runs { .. } => return Ok(Vec::new()),
     };
     remove_leftovers(&left)?;
-    let count = left.len();
-    Ok(vec![format!("killed {count} processes of a copy")])
+    let mut notes = Vec::new();
+    if !left.is_empty() {
+        notes.push(format!("killed {} processes of a copy", left.len()));
+    }
+    // A runtime remembers containers that it has failed to restore.
+    if let Some(wanted) = wanted_by_command(about) {
+        notes.extend(restore::remove_from_runtime(&wanted).err());
+    }
+    Ok(notes)
+}
+
+fn was_let_go(about: &DestinationAbout) -> bool {
+    let said = about.runtime.is_some() && action::resumed(&about.place).is_some();
+    said || copy::was_let_go(&log_of(about))
 }
 
 fn remove_leftovers(left: &[Process]) -> Result<(), String> {
@@ -346,6 +362,20 @@ fn look(about: &DestinationAbout) -> copy::Found {
     }
     if let Some(criu) = about.criu {
         await_end(criu);
+        if about.runtime.is_some() {
+            // What its shell has started, and was not waited for.
+            command::kill_group(criu);
+        }
+    }
+    if about.runtime.is_some()
+        && let Some(root) = action::resumed(&about.place)
+    {
+        // Said by CRIU's script, wherever its log is.
+        let is_copy = |root: &Process| about.criu.is_none_or(|criu| root.started >= criu.started);
+        let root = Process::of(root).filter(is_copy);
+        return copy::Found::Runs {
+            pid: root.map_or(0, |root| root.pid),
+        };
     }
     copy::find(&wanted(about))
 }

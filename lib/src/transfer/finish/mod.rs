@@ -65,6 +65,7 @@ fn sample_about() -> crate::handover::journal::SourceAbout {
         foreign_tables: Vec::new(),
         criu: None,
         command: None,
+        forget: None,
         fence: None,
         on_partition: crate::handover::OnPartition::Hold,
         partition_wait_ms: 0,

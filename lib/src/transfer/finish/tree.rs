@@ -20,6 +20,9 @@ const CRIU_TIME: Duration = Duration::from_millis(500);
 /// How long the kernel may take to end a process that was killed, or to let one run.
 const KERNEL_TIME: Duration = Duration::from_secs(2);
 
+/// How long a runtime may take to forget what has ended.
+const FORGET_TIME: Duration = Duration::from_secs(5);
+
 /// How long a large tree may take to die.
 const END_TIME: Duration = Duration::from_secs(10);
 
@@ -166,9 +169,20 @@ pub(in crate::transfer) fn end(about: &SourceAbout) -> Result<(), String> {
         end_processes(about)?;
         // It would try to resume what is dead, and take the lock away too soon.
         end_criu(about, false)?;
+        forget(about);
     }
     remove_images(about);
     Ok(())
+}
+
+/// A runtime that did not see how its container ended may have it still.
+pub(in crate::transfer) fn forget(about: &SourceAbout) {
+    let Some(forget) = &about.forget else { return };
+    let ended = command::run_to_end(forget, &about.work, Vec::new(), FORGET_TIME);
+    if let Err(error) = ended {
+        // Most often it has forgotten it already.
+        tracing::debug!("{error}");
+    }
 }
 
 /// Kills the tree's processes, behind their fence where there is one.

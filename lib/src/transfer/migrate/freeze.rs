@@ -31,7 +31,7 @@ use crate::page::PageSize;
 use crate::runtime::DumpCommand;
 use crate::transfer::clock::Clock;
 use crate::transfer::external::action::POINTER;
-use crate::transfer::external::memory::{self, Door, DoorKeeper, Memory};
+use crate::transfer::external::memory::{Door, DoorKeeper, Memory};
 use crate::transfer::external::{action, command};
 use crate::transfer::pause;
 use crate::tree::{Process, Tree, hold};
@@ -538,12 +538,7 @@ fn take_memory(
         let comparing = scope.spawn(|| comparer.run(inbox));
         let mut intake = intake(pieces);
         let served = match source.wait() {
-            Some(Memory::Files(images)) => memory::read_files(&images, page, &mut intake),
-            Some(mut memory) => {
-                let served = page_client::serve(&mut memory, page, &mut intake);
-                memory.close();
-                served.map(drop).map_err(SinkError::from)
-            }
+            Some(memory) => memory.serve(page, &mut intake),
             None => Err("the dump ended without any".into()),
         };
         // CRIU must not wait for a socket that nobody reads, nor the comparer for more; the former is

@@ -148,6 +148,7 @@ mod tests {
             foreign_tables: Vec::new(),
             criu: None,
             command: None,
+            forget: None,
             fence: None,
             on_partition: OnPartition::Hold,
             partition_wait_ms: 0,

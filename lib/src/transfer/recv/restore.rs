@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc as blocking;
+use std::time::Duration;
 
 use crate::criu::{
     Canceller, CgroupMode, CriuError, CriuOptions, Operation, RestoreOptions, Stage, Verdict,
@@ -14,9 +15,12 @@ use crate::session::SessionError;
 use crate::standby;
 use crate::transfer::TransferError;
 use crate::transfer::clock::Clock;
-use crate::transfer::external::action::{POINTER, SOCKET_NAME};
+use crate::transfer::external::action::{self, POINTER, SOCKET_NAME};
 use crate::transfer::external::command;
 use crate::wire::{self, Failure, FailureCode};
+
+/// How long a runtime may take to forget a container.
+const REMOVE_TIME: Duration = Duration::from_secs(10);
 
 /// What happens during a restore, in order.
 #[derive(Debug)]
@@ -142,6 +146,22 @@ pub(in crate::transfer) fn prepare(program: &Path) -> Result<Builder, CriuError>
     let mut worker = Worker::start(program, None, None)?;
     worker.probe()?;
     Ok(Builder::Own(worker))
+}
+
+/// Has the runtime forget what it knows of a copy that does not run, if CRIU had begun to build it: what
+/// else has the container's name is somebody else's.
+pub(in crate::transfer) fn remove_from_runtime(wanted: &Wanted) -> Result<(), String> {
+    if !action::has_begun(&wanted.place) {
+        return Ok(());
+    }
+    let Some(remove) = &wanted.runtime.remove else {
+        action::forget(&wanted.place);
+        return Ok(());
+    };
+    let work = wanted.place.join("work");
+    command::run_to_end(remove, &work, wanted.variables(), REMOVE_TIME)?;
+    action::forget(&wanted.place);
+    Ok(())
 }
 
 /// Starts the shell of a command, which waits.

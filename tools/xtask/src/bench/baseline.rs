@@ -94,12 +94,13 @@ impl Clock {
 }
 
 /// `rsync --daemon` on the destination.
-struct Daemon {
+#[derive(Debug)]
+pub(crate) struct Daemon {
     child: Child,
 }
 
 impl Daemon {
-    fn start(host: &Host, directory: &Path, memory: &Scratch) -> Result<Self> {
+    pub(crate) fn start(host: &Host, directory: &Path, memory: &Scratch) -> Result<Self> {
         let configuration: PathBuf = memory.path().join("rsyncd.conf");
         fs::write(
             &configuration,
@@ -124,7 +125,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    fn copy(&self, from: &Host, to: &Host, directory: &Path) -> Result<()> {
+    pub(crate) fn copy(&self, from: &Host, to: &Host, directory: &Path) -> Result<()> {
         let source = format!("{}/", directory.display());
         let target = format!("rsync://{}:{RSYNC_PORT}/images/", to.address);
         let mut command = from.command("rsync");

@@ -6,6 +6,7 @@
 mod docker;
 mod migrate;
 mod restore;
+mod runc;
 mod trouble;
 mod volume;
 
@@ -75,6 +76,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
+    runc::cases(&context, &mut report);
     docker::cases(&context, &mut report);
     Ok(report.tally)
 }

@@ -15,13 +15,16 @@ use crate::session::SessionError;
 use crate::transfer::migrate::freeze::{self, DumpPlace, Dumper, Images, Job, Moment};
 use crate::transfer::migrate::report::Outcome;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
-use crate::transfer::{costs, pause};
+use crate::transfer::{costs, finish, pause};
 
 /// How long CRIU may take to say why it failed. The tree stands still meanwhile.
 const SAY_TIME: Duration = Duration::from_millis(500);
 
 /// How long CRIU may take to end when its tree is dead.
 const END_TIME: Duration = Duration::from_secs(3);
+
+/// The same of a command, whose runtime tidies up behind it.
+const COMMAND_TIME: Duration = Duration::from_secs(20);
 
 /// How long the destination may take to say that its copy runs before it is asked again.
 const ANSWER_TIME: Duration = Duration::from_secs(3);
@@ -258,10 +261,17 @@ impl Driver<'_> {
             frozen.end(Verdict::GoOn);
         }
         self.wake_criu();
-        let problem = self.end_criu(END_TIME).await;
+        let longest = match &self.options.external {
+            Some(_) => COMMAND_TIME,
+            None => END_TIME,
+        };
+        let problem = self.end_criu(longest).await;
         self.report.notes.extend(left.clone());
         if let Some(problem) = problem {
             tracing::warn!("{problem}");
+            if let Some(about) = self.record.as_ref().map(|record| record.about()) {
+                let _ = spawn_blocking(move || finish::tree::forget(&about)).await;
+            }
         }
         self.phase("end the source's tree", begun, self.clock.now_ns());
         // One that builds on a pre-dump says nothing about others.

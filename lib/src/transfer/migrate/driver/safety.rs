@@ -90,6 +90,7 @@ impl Driver<'_> {
             foreign_tables,
             criu: None,
             command: None,
+            forget: options.external.as_ref().and_then(|it| it.forget.clone()),
             fence,
             on_partition: options.on_partition,
             partition_wait_ms: u64::try_from(options.partition_wait.as_millis())
