@@ -46,6 +46,7 @@
 //!
 #![cfg_attr(feature = "net", doc = "```no_run")]
 #![cfg_attr(not(feature = "net"), doc = "```ignore")]
+//! use crxfer::sink::SinkKind;
 //! use crxfer::transfer::{Event, Events, ReceiveOptions, Receiver, SendOptions, Target, send};
 //! use crxfer::transport::{Identity, Options};
 //! use crxfer::wire::Layout;
@@ -64,6 +65,8 @@
 //!         identity: None,
 //!         peers: Vec::new(),
 //!         transport: Options::default(),
+//!         sink: SinkKind::Disk,
+//!         sink_bytes: None,
 //!         events: Events::new(|event| {
 //!             if let Event::Received(set) = event {
 //!                 println!("{} is {}", set.path.display(), set.completeness);
@@ -104,7 +107,9 @@ pub mod live;
 pub mod page;
 pub mod precopy;
 pub mod preflight;
+pub mod runtime;
 pub mod session;
+pub mod sink;
 pub mod standby;
 pub mod store;
 mod sys;

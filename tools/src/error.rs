@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 
 use crxfer::criu::endpoint::EndpointError;
 use crxfer::criu::page_feed::FeedError;
+use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::preflight::Outcome;
 use crxfer::store::StoreError;
-use crxfer::transfer::TransferError;
 use crxfer::transfer::finish::FinishError;
 use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
+use crxfer::transfer::{StreamError, TransferError};
 use crxfer::transport::IdentityError;
 
 use crate::exit::Exit;
@@ -30,6 +31,8 @@ pub(crate) enum Failed {
     Store(StoreError),
     /// A key file.
     Identity(IdentityError),
+    /// CRIU's image streams.
+    Stream(Box<StreamError>),
     /// A file of the command's own.
     File {
         what: &'static str,
@@ -76,6 +79,7 @@ impl Failed {
             Self::Transfer(error) => error.into(),
             Self::Migrate(failure) => failure.as_ref().into(),
             Self::Image(error) => error.into(),
+            Self::Stream(error) => error.as_ref().into(),
             Self::Store(error) => error.into(),
             Self::Identity(error) => error.into(),
             Self::File { .. } | Self::Output(_) => Exit::Storage,
@@ -99,6 +103,7 @@ impl Failed {
             Self::Transfer(error) => with_causes(error),
             Self::Migrate(failure) => migration(failure),
             Self::Image(error) => with_causes(error),
+            Self::Stream(error) => with_causes(error.as_ref()),
             Self::Identity(error) => with_causes(error),
             Self::File { what, path, source } => {
                 format!("cannot {what} {}: {source}", path.display())
@@ -182,6 +187,18 @@ impl From<StoreError> for Failed {
 impl From<IdentityError> for Failed {
     fn from(error: IdentityError) -> Self {
         Self::Identity(error)
+    }
+}
+
+impl From<StreamError> for Failed {
+    fn from(error: StreamError) -> Self {
+        Self::Stream(Box::new(error))
+    }
+}
+
+impl From<StreamerError> for Failed {
+    fn from(error: StreamerError) -> Self {
+        Self::Stream(Box::new(error.into()))
     }
 }
 

@@ -6,6 +6,7 @@ use std::io;
 use crxfer::criu::endpoint::{EndpointError, SessionError as DumpError};
 use crxfer::criu::page_client::ServeError;
 use crxfer::criu::page_feed::FeedError;
+use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::live::LiveError;
@@ -13,9 +14,9 @@ use crxfer::preflight::PreflightError;
 use crxfer::session::SessionError;
 use crxfer::session::migration::Owner;
 use crxfer::store::StoreError;
-use crxfer::transfer::TransferError;
 use crxfer::transfer::finish::FinishError;
 use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
+use crxfer::transfer::{StreamError, TransferError};
 use crxfer::transport::{
     AttemptError, BindError, CloseCode, ConnectError, IdentityError, TransportError,
 };
@@ -84,11 +85,11 @@ impl Exit {
         ),
         (
             Self::GivenUp,
-            "migrate: given up by --deadline, --on-slow or --max-iterations; the workload runs on here",
+            "migrate: given up by --deadline, --on-slow or --max-iterations; stream: refused; the workload runs on here",
         ),
         (
             Self::Criu,
-            "CRIU failed, here or there (migrate, page-server: the workload runs on here)",
+            "CRIU failed, here or there (migrate, stream, page-server: the workload runs on here)",
         ),
         (
             Self::InDoubt,
@@ -100,7 +101,7 @@ impl Exit {
         ),
         (
             Self::FreezeLimit,
-            "migrate, page-server: frozen for --freeze-limit; the workload runs on here",
+            "migrate, stream, page-server: frozen for --freeze-limit; the workload runs on here",
         ),
         (Self::Stopped, "stopped by Ctrl-C or SIGTERM"),
     ];
@@ -152,7 +153,7 @@ impl From<&MigrateFailure> for Exit {
                 Self::Storage
             }
             MigrateError::Journal(error) => error.into(),
-            MigrateError::Fence(_) => Self::Storage,
+            MigrateError::Fence(_) | MigrateError::Sink(_) => Self::Storage,
             MigrateError::Preflight(_) => Self::Preflight,
             MigrateError::Live(LiveError::RootGone { .. }) => Self::Content,
             MigrateError::Live(_) => Self::Storage,
@@ -162,6 +163,36 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Hook(_) => Self::Hook,
             MigrateError::GivenUp(_) => Self::GivenUp,
             MigrateError::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl From<&StreamError> for Exit {
+    fn from(error: &StreamError) -> Self {
+        match error {
+            StreamError::Streamer(error) => error.into(),
+            StreamError::Transfer { error, .. } => error.into(),
+            StreamError::Memory(_) => Self::Storage,
+            StreamError::Late(_) => Self::FreezeLimit,
+            StreamError::Unheard => Self::Criu,
+        }
+    }
+}
+
+impl From<&StreamerError> for Exit {
+    fn from(error: &StreamerError) -> Self {
+        match error {
+            StreamerError::Image(error) => error.into(),
+            StreamerError::Incomplete { .. } => Self::Set,
+            StreamerError::Public(_) | StreamerError::LongPath(_) => Self::Usage,
+            StreamerError::Io { .. } | StreamerError::Busy(_) | StreamerError::Full { .. } => {
+                Self::Storage
+            }
+            StreamerError::Stopped => Self::Stopped,
+            StreamerError::NoCapture(_) | StreamerError::NoVerdict | StreamerError::Refused(_) => {
+                Self::GivenUp
+            }
+            _ => Self::Criu,
         }
     }
 }
@@ -242,10 +273,12 @@ impl From<&StoreError> for Exit {
             }
             StoreError::Io { .. } | StoreError::Busy(_) => Self::Storage,
             StoreError::Foreign(_) | StoreError::NotYours(_) => Self::Storage,
+            StoreError::Sink(_) | StoreError::Unseen { .. } => Self::Storage,
+            StoreError::NotAStore(_)
+            | StoreError::Gone(_)
+            | StoreError::NoSuchSet(_)
+            | StoreError::Damaged { .. } => Self::Set,
             StoreError::Overtaken(_) => Self::Destination,
-            StoreError::NotAStore(_) | StoreError::NoSuchSet(_) | StoreError::Damaged { .. } => {
-                Self::Set
-            }
         }
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! Nothing here decides about a transfer; what it does stands in the crate `crxfer`.
 
+mod action;
 mod args;
+mod container;
 mod error;
 mod exit;
 mod feed;
@@ -20,6 +22,7 @@ mod send;
 mod sets;
 mod size;
 mod stop;
+mod stream;
 mod summary;
 mod target;
 mod verify;
@@ -43,6 +46,9 @@ const LAST_READ: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Command::Action = cli.command {
+        return action::run();
+    }
     log_to_stderr(cli.verbose);
     match run(cli.command) {
         Ok(()) => Exit::Done.code().into(),
@@ -66,15 +72,18 @@ fn run(command: Command) -> Result<(), Failed> {
         Command::Recover(args) => block_on(recover::recover(*args), LAST_READ),
         Command::Status(args) => recover::status(&args),
         Command::Guard(args) => recover::guard(&args),
+        Command::Action => unreachable!("done before"),
         Command::Send(args) => block_on(send::run(args), LAST_READ),
         Command::PageServer(args) => block_on(page_server::run(args), LAST_READ),
         Command::Feed(args) => feed::run(&args),
+        Command::Stream(args) => block_on(stream::run(args), LAST_READ),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => inspect::diff(&args),
         Command::Flatten(args) => inspect::flatten(&args),
         Command::List(args) => sets::list(&args),
         Command::Rm(args) => sets::rm(&args),
+        Command::RuncSetup(args) => container::set_up_runc(&args),
         Command::Keygen(args) => generate::keygen(&args),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),

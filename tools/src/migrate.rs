@@ -21,10 +21,11 @@ use tokio::sync::watch;
 
 use self::progress::Progress;
 use crate::args::MigrateArgs;
+use crate::container::Dumped;
 use crate::error::Failed;
 use crate::output::{self, hint};
 use crate::stop::Stop;
-use crate::{key, target};
+use crate::{container, key, target};
 
 pub(crate) async fn run(args: MigrateArgs) -> Result<(), Failed> {
     let (as_json, file) = (args.json, args.report.clone());
@@ -58,9 +59,11 @@ async fn transfer(args: MigrateArgs) -> Result<MigrationReport, Failed> {
         target = find_target(&args) => target?,
         () = stop.asked() => return Err(Failed::Stopped),
     };
-    let progress = Arc::new(Progress::new(&args));
+    let criu = args.criu.to_options();
+    let dumped = container::dumped(&args.container, args.pid, &criu)?;
+    let progress = Arc::new(Progress::new(&args, dumped.pid));
     let (stopping, stopped) = watch::channel(false);
-    let options = options(&args, target, stopped, &progress)?;
+    let options = options(&args, dumped, target, stopped, &progress)?;
     let mut migrating = pin!(migrate(options));
     let mut asked = 0u32;
     let result = loop {
@@ -92,6 +95,7 @@ async fn find_target(args: &MigrateArgs) -> Result<Target, Failed> {
 
 fn options(
     args: &MigrateArgs,
+    dumped: Dumped,
     target: Target,
     stop: watch::Receiver<bool>,
     progress: &Arc<Progress>,
@@ -99,8 +103,9 @@ fn options(
     let progress = progress.clone();
     let hooks = args.hooks.to_hooks();
     Ok(MigrateOptions {
-        pid: args.pid,
-        name: args.name.as_ref().map(ToString::to_string),
+        pid: dumped.pid,
+        name: args.name.as_ref().map(ToString::to_string).or(dumped.name),
+        external: dumped.by,
         target,
         identity: key::of_source(args.link.identity.as_deref())?,
         precopy: args.precopy.into(),
@@ -113,6 +118,7 @@ fn options(
         dry_run: args.dry_run,
         bytes_per_s: args.link.bwlimit.map(|rate| rate.0),
         read_bytes_per_s: Some(args.link.read_limit.0),
+        mode: args.mode.into(),
         work: args.work.clone().unwrap_or_else(work_directory),
         state: args.safety.state.clone().unwrap_or_else(key::records),
         guard: own_guard(),

@@ -11,6 +11,7 @@ use crxfer::transfer::{Event, Events, ReceiveOptions, Received, Receiver, Restor
 use serde_json::{Value, json};
 
 use crate::args::{RecvArgs, RestoreArgs};
+use crate::container;
 use crate::error::Failed;
 use crate::key;
 use crate::output::{self, hint};
@@ -32,6 +33,8 @@ pub(crate) async fn run(args: RecvArgs) -> Result<(), Failed> {
         peers: args.peer.clone(),
         transport: args.transport.to_options(),
         events: events(args.json),
+        sink: args.sink.into(),
+        sink_bytes: args.sink_size.map(|bytes| bytes.0),
     })?;
     if let Some(file) = &args.ticket_file {
         write_ticket(&receiver, file)?;
@@ -64,6 +67,7 @@ fn restore_host(args: &RestoreArgs) -> Result<Option<RestoreHost>, Failed> {
         program: args.criu.clone(),
         config_file: args.criu_config.clone(),
         hooks,
+        runtimes: container::runtimes(&args.runtimes)?,
     }))
 }
 

@@ -79,6 +79,18 @@ pub enum CriuError {
     /// CRIU reports a failure.
     #[error("{0}")]
     Failed(Box<Failure>),
+    /// A command that runs CRIU in its own way did not end well.
+    #[error("the {operation} command {how}{output}")]
+    Command {
+        /// What was asked of it.
+        operation: Operation,
+        /// How it ended, as the end of a sentence.
+        how: String,
+        /// The end of what it printed, after a colon; empty if that was nothing.
+        output: String,
+        /// Its CRIU is not known to have tidied up.
+        died: bool,
+    },
     /// The caller's own refusal at a stage.
     #[error("{operation} given up at {stage}, as decided by the caller")]
     Refused {
@@ -132,6 +144,7 @@ impl CriuError {
             Self::Gone { .. }
                 | Self::Protocol { .. }
                 | Self::Io { .. }
+                | Self::Command { died: true, .. }
                 | Self::Cancelled { killed: true, .. }
                 | Self::TimedOut { killed: true, .. }
         )

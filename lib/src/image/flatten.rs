@@ -157,7 +157,10 @@ fn flatten_memory(
 
 /// The flags of the new entries: a present page keeps its own; one from the parent has lost what
 /// CRIU knew about lazy restore, and is restored at once.
-fn present_runs(name: PagemapName, runs: &[ResolvedRun]) -> Result<Vec<PageRun>, ImageError> {
+pub(super) fn present_runs(
+    name: PagemapName,
+    runs: &[ResolvedRun],
+) -> Result<Vec<PageRun>, ImageError> {
     runs.iter()
         .map(|run| {
             let &ResolvedRun {

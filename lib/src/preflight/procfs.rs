@@ -28,6 +28,9 @@ pub(super) fn innermost(text: &str, key: &str) -> Option<u32> {
         .ok()
 }
 
+/// Of a task that has begun to end, in the kernel's include/linux/sched.h.
+const PF_EXITING: u64 = 4;
+
 /// What /proc/PID/stat tells and /proc/PID/status does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stat {
@@ -35,6 +38,8 @@ pub(crate) struct Stat {
     pub(crate) parent: u32,
     pub(crate) group: u32,
     pub(crate) session: u32,
+    /// It ends: no code of its program runs in this thread any more.
+    pub(crate) ending: bool,
     /// When it was started, in clock ticks since boot.
     pub(crate) started: u64,
 }
@@ -59,13 +64,15 @@ impl Stat {
                 .map(|id| u32::try_from(id).unwrap_or(0))
         };
         let (parent, group, session) = (id()?, id()?, id()?);
-        // Of 52 fields, of which three are taken; before the start time come 15 others.
-        let started = words.nth(15)?.parse().ok()?;
+        // Of 52 fields: flags are the ninth, the start time the 22nd.
+        let flags: u64 = words.nth(2)?.parse().ok()?;
+        let started = words.nth(12)?.parse().ok()?;
         Some(Self {
             state,
             parent,
             group,
             session,
+            ending: flags & PF_EXITING != 0,
             started,
         })
     }
@@ -217,6 +224,7 @@ mod tests {
             parent: 1,
             group: 7,
             session: 6,
+            ending: false,
             started: 987_654,
         };
         assert_eq!(stat, expected);

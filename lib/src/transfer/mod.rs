@@ -8,6 +8,7 @@ mod clock;
 mod costs;
 mod error;
 mod event;
+pub mod external;
 mod files;
 pub mod finish;
 pub mod guard;
@@ -19,11 +20,13 @@ mod pause;
 mod plan;
 mod recv;
 mod send;
+mod stream_capture;
 
 pub use error::TransferError;
 pub use event::{Event, Events, Received};
 pub use recv::{ReceiveOptions, Receiver, RestoreHost};
 pub use send::{SendOptions, SendReport, Target, send};
+pub use stream_capture::{StreamError, StreamMoment, StreamOptions, StreamReport, stream_capture};
 
 /// Name and version of this program, as told to the peer.
 pub(crate) fn software() -> String {

@@ -37,7 +37,8 @@ impl Process {
     /// The process that has this pid now; `None` where there is none, or it is a zombie.
     pub fn of(pid: u32) -> Option<Self> {
         let stat = Stat::of(pid)?;
-        let dead = matches!(stat.state, 'Z' | 'X') && !has_threads(pid);
+        let dead = matches!(stat.state, 'Z' | 'X') && !has_threads(pid)
+            || stat.ending && is_waiting_for_its_namespace(pid);
         (!dead).then_some(Self {
             pid,
             started: stat.started,
@@ -78,6 +79,24 @@ impl Process {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+// The first process of a pid namespace ends when all others have been waited for. A tracer that sleeps
+// does not do so: then it stays, and never runs again.
+fn is_waiting_for_its_namespace(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    let ids: Vec<&str> = ids.unwrap_or_default().split_whitespace().collect();
+    if ids.len() < 2 || ids.last() != Some(&"1") {
+        return false;
+    }
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let mut threads = threads.into_iter().flatten().flatten();
+    threads.all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).ok();
+        let stat = stat.and_then(|text| Stat::parse(&text));
+        stat.is_none_or(|stat| stat.ending || matches!(stat.state, 'Z' | 'X'))
+    })
 }
 
 // A process whose first thread has ended looks like a zombie while the others run. They, too, stay

@@ -72,6 +72,7 @@ impl Drop for Program {
 pub(crate) fn host(dir: &Path) -> ReceiveOptions {
     ReceiveOptions {
         restore: Some(RestoreHost {
+            runtimes: Vec::new(),
             program: "criu".into(),
             config_file: None,
             hooks: Hooks::none(Side::Destination),

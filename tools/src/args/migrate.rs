@@ -9,8 +9,9 @@ use crxfer::delta::SetName;
 use crxfer::hooks::{Hook, HookSyntaxError, Hooks, Side};
 use crxfer::identity::Fingerprint;
 use crxfer::precopy::{Goals, OnSlow};
-use crxfer::transfer::migrate::Precopy;
+use crxfer::transfer::migrate::{Mode, Precopy};
 
+use super::container::{ContainerArgs, RuntimeArgs};
 use super::recover::SafetyArgs;
 use super::{TransportArgs, set_name};
 use crate::exit;
@@ -39,8 +40,9 @@ Examples:
 #[command(after_help = EXAMPLES, after_long_help = exit::help(EXAMPLES))]
 pub(crate) struct MigrateArgs {
     /// Root of the process tree
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) pid: u32,
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..),
+        required_unless_present = "runc")]
+    pub(crate) pid: Option<u32>,
 
     /// A ticket, @FILE that holds one, - to read one from stdin, or HOST:PORT (needs --peer)
     #[arg(long, value_name = "TICKET|@FILE|-|HOST:PORT")]
@@ -66,7 +68,12 @@ pub(crate) struct MigrateArgs {
     #[arg(long, value_enum, default_value_t = PrecopyArg::Auto)]
     pub(crate) precopy: PrecopyArg,
 
-    /// Directory for the last, small images, best on a tmpfs [default: /run/crxfer]
+    /// Where images are until the workload runs on the other host
+    #[arg(long, value_enum, default_value_t = ModeArg::Diskless)]
+    pub(crate) mode: ModeArg,
+
+    /// Directory for the last, small images; with --mode diskless only for CRIU's log if it fails
+    /// [default: /run/crxfer]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) work: Option<PathBuf>,
 
@@ -90,6 +97,9 @@ pub(crate) struct MigrateArgs {
     pub(crate) criu: CriuArgs,
 
     #[command(flatten)]
+    pub(crate) container: ContainerArgs,
+
+    #[command(flatten)]
     pub(crate) hooks: HookArgs,
 
     #[command(flatten)]
@@ -97,6 +107,28 @@ pub(crate) struct MigrateArgs {
 
     #[command(flatten)]
     pub(crate) transport: TransportArgs,
+}
+
+/// `--mode`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ModeArg {
+    /// In directories: --work here, the receiving directory there
+    Disk,
+    /// As disk; --work must be on a tmpfs
+    Tmpfs,
+    /// In memory only, on both hosts: no file of them is visible, and nothing is left whatever dies. If
+    /// the other host crashes before the workload runs there, they are lost, and it runs on here
+    Diskless,
+}
+
+impl From<ModeArg> for Mode {
+    fn from(mode: ModeArg) -> Self {
+        match mode {
+            ModeArg::Disk => Self::Disk,
+            ModeArg::Tmpfs => Self::Tmpfs,
+            ModeArg::Diskless => Self::Diskless,
+        }
+    }
 }
 
 /// When to freeze.
@@ -256,6 +288,9 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "S", default_value = "5", requires = "allow_restore",
         value_parser = seconds)]
     pub(crate) hook_timeout: Duration,
+
+    #[command(flatten)]
+    pub(crate) runtimes: RuntimeArgs,
 }
 
 /// `--precopy`.

@@ -26,6 +26,7 @@ pub(super) fn done(report: &MigrationReport) -> Value {
         },
         "id": report.id.to_string(),
         "name": report.name,
+        "mode": report.mode.as_str(),
         "downtime_ms": report.downtime.map(ms),
         "downtime_error_ms": report.downtime.and(report.clock).map(|clock| nanos(clock.error_ns)),
         "total_ms": ms(report.total),

@@ -45,7 +45,7 @@ impl Progress {
         clippy::disallowed_methods,
         reason = "the time to finish counts from here"
     )]
-    pub(super) fn new(args: &MigrateArgs) -> Self {
+    pub(super) fn new(args: &MigrateArgs, pid: u32) -> Self {
         let bar = if args.json {
             ProgressBar::hidden()
         } else {
@@ -58,7 +58,7 @@ impl Progress {
         Self {
             json: args.json,
             dry_run: args.dry_run,
-            pid: args.pid,
+            pid,
             bar,
             begun: Instant::now(),
             state: Mutex::new(State {

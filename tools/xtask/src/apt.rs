@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 
 use crate::run;
 
-/// A program and the Debian package that brings it.
+/// A program, or a file by its full path, and the Debian package that brings it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Needed {
     pub(crate) program: &'static str,
@@ -52,12 +52,20 @@ pub(crate) const NGINX: Needed = Needed {
     program: "nginx",
     package: "nginx",
 };
+pub(crate) const DOCKER: Needed = Needed {
+    program: "dockerd",
+    package: "docker.io",
+};
+pub(crate) const NODE: Needed = Needed {
+    program: "node",
+    package: "nodejs",
+};
 
 /// Installs what is missing of `needed`, and says so. Needs root only if something is missing.
 pub(crate) fn ensure(needed: &[Needed]) -> Result<()> {
     let mut packages: Vec<&str> = needed
         .iter()
-        .filter(|one| run::find_program(one.program).is_none())
+        .filter(|one| !is_there(one.program))
         .map(|one| one.package)
         .collect();
     packages.dedup();
@@ -72,6 +80,13 @@ pub(crate) fn ensure(needed: &[Needed]) -> Result<()> {
         bail!("missing: {list}; install them as root: apt-get install {list}");
     }
     install(&packages)
+}
+
+fn is_there(program: &str) -> bool {
+    match program.starts_with('/') {
+        true => Path::new(program).exists(),
+        false => run::find_program(program).is_some(),
+    }
 }
 
 fn install(packages: &[&str]) -> Result<()> {

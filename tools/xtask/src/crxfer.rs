@@ -77,6 +77,16 @@ impl Crxfer {
         other
     }
 
+    /// The file of the command.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Variables for what is started.
+    pub(crate) fn environment(&self) -> &[(String, String)] {
+        &self.environment
+    }
+
     /// It, with its environment, to be given a verb.
     pub(crate) fn command(&self, place: Place<'_>) -> Command {
         let mut command = place.command(&self.program);

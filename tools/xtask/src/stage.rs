@@ -39,10 +39,22 @@ pub(crate) struct Seen {
 impl Stage {
     /// Starts everything, with `mib` of values of which `writes` are rewritten a second.
     pub(crate) fn start(rate: Rate, mib: u64, writes: u32) -> Result<Self> {
+        Self::start_by(rate, mib, writes, |memcached, network| {
+            memcached.start(&network.hosts.a)
+        })
+    }
+
+    /// The same with a memcached that `start` starts on A and fills; it gives its pid there.
+    pub(crate) fn start_by(
+        rate: Rate,
+        mib: u64,
+        writes: u32,
+        start: impl FnOnce(&mut Memcached, &Network) -> Result<u32>,
+    ) -> Result<Self> {
         let network = Network::new(rate)?;
         let count = usize::try_from(mib)? * 1_000_000 / VALUE_BYTES;
         let mut memcached = Memcached::serving(Values::new(count, VALUE_BYTES));
-        let pid = memcached.start(&network.hosts.a)?;
+        let pid = start(&mut memcached, &network)?;
         let question = Question::MemcachedUdp {
             port: Memcached::PORT,
         };

@@ -24,6 +24,8 @@ fn about(name: &str) -> SourceAbout {
         run_id: None,
         foreign_tables: Vec::new(),
         criu: None,
+        command: None,
+        forget: None,
         fence: None,
         partition_wait_ms: 0,
         on_partition: OnPartition::Hold,

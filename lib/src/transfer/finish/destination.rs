@@ -15,6 +15,7 @@ use crate::hooks::{self, Environment, Hooks, Side};
 use crate::preflight::Facts;
 use crate::standby;
 use crate::transfer::TransferError;
+use crate::transfer::external::{action, command};
 use crate::transfer::recv::{check_images, orphans, restore};
 use crate::tree::{Process, boot_id, copy};
 
@@ -56,7 +57,19 @@ pub fn finish_destination(
     let history = journal.read()?;
     let about = &history.about;
     let is_over = history.state() == DestinationState::Over;
-    match history.state().duty(verdict, history.keep()) {
+    let duty = history.state().duty(verdict, history.keep());
+    let needs_images = matches!(
+        duty,
+        DestinationDuty::Hold | DestinationDuty::Resume | DestinationDuty::GiveBack
+    );
+    if needs_images
+        && place_of(about)
+            .map_err(|what| left(journal, what))?
+            .is_none()
+    {
+        return lost(journal, &history);
+    }
+    match duty {
         DestinationDuty::Hold => {
             // Without its driver no copy can be let go any more: what CRIU has left only takes its pids.
             clear(about).map_err(|what| left(journal, what))?;
@@ -65,7 +78,7 @@ pub fn finish_destination(
                 journal.note_quickly(|about| about.criu = None)?;
             }
             Ok(DestinationOutcome::Held {
-                place: about.place.join(standby::FINAL),
+                place: images_of(about).map_err(|what| left(journal, what))?,
             })
         }
         DestinationDuty::Remove => remove(journal, &history, reason_of(verdict, &history)),
@@ -73,7 +86,7 @@ pub fn finish_destination(
         DestinationDuty::GiveBack => give_back(journal, &history),
         DestinationDuty::Tell(Answer::Runs { .. }) => {
             // It may have been recorded by one who died before he could tidy up.
-            remove_place(&about.place).map_err(|what| left(journal, what))?;
+            remove_place(about).map_err(|what| left(journal, what))?;
             let mut notes = Vec::new();
             let pid = running_pid(about);
             if pid == 0 {
@@ -92,7 +105,7 @@ pub fn finish_destination(
             })
         }
         DestinationDuty::Tell(_) => {
-            remove_place(&about.place).map_err(|what| left(journal, what))?;
+            remove_place(about).map_err(|what| left(journal, what))?;
             Ok(DestinationOutcome::Removed { notes: Vec::new() })
         }
     }
@@ -140,7 +153,7 @@ fn remove(
         remove_leftovers(&processes_of(about, root)).map_err(|what| left(journal, what))?;
     }
     let mut notes = clear(about).map_err(|what| left(journal, what))?;
-    remove_place(&about.place).map_err(|what| left(journal, what))?;
+    remove_place(about).map_err(|what| left(journal, what))?;
     let mut environment = environment(about, None);
     environment.reason = Some(reason.to_owned());
     let run = hooks_of(about)?.run(hooks::Moment::AfterAbort, &environment);
@@ -184,7 +197,7 @@ fn resume(
     journal.note_quickly(|about| about.announced = true)?;
     let mut notes = alive.notes;
     // The copy has read all that it needs.
-    notes.extend(remove_place(&about.place).err());
+    notes.extend(remove_place(about).err());
     Ok(DestinationOutcome::Running {
         pid: alive.pid,
         notes,
@@ -229,7 +242,10 @@ pub(in crate::transfer) fn bring_to_life(
         copy::Found::Leftovers(left) => remove_leftovers(&left)?,
         copy::Found::Nothing => {}
     }
-    let images = about.place.join(standby::FINAL);
+    if let Some(wanted) = wanted_by_command(about) {
+        restore::remove_from_runtime(&wanted)?;
+    }
+    let images = images_of(about)?;
     let advice = |what: String| {
         format!(
             "the workload is this host's, but cannot be brought to life: {what}; its complete images are in {}: remove the cause, then run `crxfer recover --dir` of the receiving directory",
@@ -268,12 +284,16 @@ fn build(
 ) -> Result<Alive, String> {
     // What a failing CRIU leaves must be found below this process.
     orphans::adopt();
-    let worker = restore::prepare(&about.program).map_err(|error| error.to_string())?;
+    let worker = match wanted_by_command(about) {
+        Some(wanted) => restore::prepare_command(&wanted),
+        None => restore::prepare(&about.program),
+    };
+    let worker = worker.map_err(|error| error.to_string())?;
     let criu = Process::of(worker.pid());
     if let Some(criu) = criu {
         note_criu(criu).map_err(|error| error.to_string())?;
     }
-    let work = about.place.join("work");
+    let work = about.work();
     let options = restore::options(&about.options, about.config_file.as_deref());
     match restore::at_once(worker, images, &work, options) {
         Ok(released) => Ok(Alive {
@@ -302,18 +322,40 @@ fn build(
     }
 }
 
+fn wanted_by_command(about: &DestinationAbout) -> Option<restore::Wanted> {
+    Some(restore::Wanted {
+        runtime: about.runtime.clone()?,
+        name: about.name.clone(),
+        container: about.container.clone(),
+        options: about.options.clone(),
+        place: about.scene(),
+    })
+}
+
 /// Ends what is left of a copy that was never let go; says what that was. Its images stay. Blocks.
 pub(in crate::transfer) fn clear(about: &DestinationAbout) -> Result<Vec<String>, String> {
     let left = match look(about) {
-        copy::Found::Nothing => return Ok(Vec::new()),
+        copy::Found::Nothing => Vec::new(),
         copy::Found::Leftovers(left) => left,
         // Only CRIU's word makes it the copy: it may be a stranger with the copy's pids.
-        copy::Found::Runs { pid } if copy::was_let_go(&log_of(about)) => processes_of(about, pid),
+        copy::Found::Runs { pid } if was_let_go(about) => processes_of(about, pid),
         copy::Found::Runs { .. } => return Ok(Vec::new()),
     };
     remove_leftovers(&left)?;
-    let count = left.len();
-    Ok(vec![format!("killed {count} processes of a copy")])
+    let mut notes = Vec::new();
+    if !left.is_empty() {
+        notes.push(format!("killed {} processes of a copy", left.len()));
+    }
+    // A runtime remembers containers that it has failed to restore.
+    if let Some(wanted) = wanted_by_command(about) {
+        notes.extend(restore::remove_from_runtime(&wanted).err());
+    }
+    Ok(notes)
+}
+
+fn was_let_go(about: &DestinationAbout) -> bool {
+    let said = about.runtime.is_some() && action::resumed(&about.scene()).is_some();
+    said || copy::was_let_go(&log_of(about))
 }
 
 fn remove_leftovers(left: &[Process]) -> Result<(), String> {
@@ -332,6 +374,20 @@ fn look(about: &DestinationAbout) -> copy::Found {
     }
     if let Some(criu) = about.criu {
         await_end(criu);
+        if about.runtime.is_some() {
+            // What its shell has started, and was not waited for.
+            command::kill_group(criu);
+        }
+    }
+    if about.runtime.is_some()
+        && let Some(root) = action::resumed(&about.scene())
+    {
+        // Said by CRIU's script, wherever its log is.
+        let is_copy = |root: &Process| about.criu.is_none_or(|criu| root.started >= criu.started);
+        let root = Process::of(root).filter(is_copy);
+        return copy::Found::Runs {
+            pid: root.map_or(0, |root| root.pid),
+        };
     }
     copy::find(&wanted(about))
 }
@@ -354,7 +410,7 @@ fn wanted(about: &DestinationAbout) -> copy::Wanted {
 }
 
 fn log_of(about: &DestinationAbout) -> PathBuf {
-    about.place.join("work/restore.log")
+    about.work().join("restore.log")
 }
 
 fn processes_of(about: &DestinationAbout, root: u32) -> Vec<Process> {
@@ -410,13 +466,44 @@ fn await_pids(about: &DestinationAbout) {
     copy::remove(&dead);
 }
 
-fn remove_place(place: &Path) -> Result<(), String> {
-    match fs::remove_dir_all(place) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(format!("cannot remove {}: {error}", place.display()))
+fn remove_place(about: &DestinationAbout) -> Result<(), String> {
+    let place = place_of(about)?;
+    for place in place.iter().chain(&about.work) {
+        match fs::remove_dir_all(place) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(format!("cannot remove {}: {error}", place.display()));
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
+}
+
+// None where nobody holds what was in memory only.
+fn place_of(about: &DestinationAbout) -> Result<Option<PathBuf>, String> {
+    let place = about.place();
+    place.map_err(|unseen| format!("the directory of {}: {unseen}", about.name))
+}
+
+fn images_of(about: &DestinationAbout) -> Result<PathBuf, String> {
+    let place = place_of(about)?.ok_or(LOST)?;
+    Ok(place.join(standby::FINAL))
+}
+
+/// Why a copy that was complete is given up without anybody's word.
+const LOST: &str = "its images were in memory only, and every process that held them is gone";
+
+// What was to be held or built is gone with its last holder. Unless the copy has run already the
+// workload is the source's, which holds its tree until it hears of a copy that runs.
+fn lost(
+    journal: &Journal<DestinationState>,
+    history: &History<DestinationState>,
+) -> Result<DestinationOutcome, FinishError> {
+    let may_have_run = history.state() == DestinationState::Resuming;
+    if may_have_run && matches!(look(&history.about), copy::Found::Runs { .. }) {
+        return resume(journal, history);
+    }
+    remove(journal, history, LOST)
 }
 
 fn hooks_of(about: &DestinationAbout) -> Result<Hooks, TransferError> {
@@ -437,7 +524,10 @@ fn environment(about: &DestinationAbout, pid: Option<u32>) -> Environment {
         pid,
         peer: Some(about.address.ip()),
         addresses: facts_of(about).addresses(),
-        images: Some(about.place.join(standby::FINAL)),
+        images: images_of(about).ok(),
         reason: None,
     }
 }
+
+#[cfg(test)]
+mod tests;

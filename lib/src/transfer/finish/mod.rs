@@ -64,6 +64,8 @@ fn sample_about() -> crate::handover::journal::SourceAbout {
         run_id: None,
         foreign_tables: Vec::new(),
         criu: None,
+        command: None,
+        forget: None,
         fence: None,
         on_partition: crate::handover::OnPartition::Hold,
         partition_wait_ms: 0,

@@ -10,6 +10,7 @@ use rustix::process::Signal;
 use crate::criu::network_lock;
 use crate::handover::journal::SourceAbout;
 use crate::preflight::Stat;
+use crate::transfer::external::{action, command};
 use crate::tree::{self, FenceError, Process, Tree, boot_id, within};
 
 /// How long a CRIU that has lost its caller may take to let the tree go by itself. It does that more
@@ -18,6 +19,9 @@ const CRIU_TIME: Duration = Duration::from_millis(500);
 
 /// How long the kernel may take to end a process that was killed, or to let one run.
 const KERNEL_TIME: Duration = Duration::from_secs(2);
+
+/// How long a runtime may take to forget what has ended.
+const FORGET_TIME: Duration = Duration::from_secs(5);
 
 /// How long a large tree may take to die.
 const END_TIME: Duration = Duration::from_secs(10);
@@ -32,8 +36,20 @@ pub(in crate::transfer) fn await_gone(processes: &[Process], longest: Duration) 
     left
 }
 
-/// Ends a CRIU that still has the tree.
+/// Ends a CRIU that still has the tree, and the command that has started it, if one has.
 fn end_criu(about: &SourceAbout, may_finish: bool) -> Result<(), String> {
+    let ended = end_criu_itself(about, may_finish);
+    if let Some(leader) = about.command.filter(|_| about.tree.boot == boot_id()) {
+        // Its own tidying: a runtime forgets a container that it has seen end.
+        if may_finish {
+            await_gone(&[leader], KERNEL_TIME);
+        }
+        command::kill_group(leader);
+    }
+    ended
+}
+
+fn end_criu_itself(about: &SourceAbout, may_finish: bool) -> Result<(), String> {
     let Some(criu) = about.criu.filter(|_| about.tree.boot == boot_id()) else {
         return Ok(());
     };
@@ -61,9 +77,8 @@ pub(in crate::transfer) fn keep(
 ) -> Result<Vec<String>, String> {
     let mut notes = Vec::new();
     if about.tree.boot == boot_id() {
-        if was_frozen {
-            end_criu(about, true)?;
-        }
+        // One that was not told to dump yet ends by itself, too.
+        end_criu(about, true)?;
         notes.extend(release(about, was_frozen, was_fenced)?);
         if about.tree.left().is_empty() {
             notes.push("the workload has ended here meanwhile".to_owned());
@@ -102,11 +117,12 @@ pub(in crate::transfer) fn release(
 ) -> Result<Vec<String>, String> {
     let mut notes = Vec::new();
     let (run_id, foreign) = (about.run_id.as_deref(), &about.foreign_tables);
+    // Parts of a killed CRIU that are stopped would stay for ever. It may have been killed before it
+    // said that its dump begins.
+    let criu = about.criu.filter(|_| about.tree.boot == boot_id());
+    let ended = criu.filter(|criu| was_frozen || !criu.is_there());
+    tree::copy::remove(&ended.map_or_else(Vec::new, tree::copy::helpers_of));
     if was_frozen {
-        // Parts of a killed CRIU that are stopped would stay for ever.
-        let parts = about.criu.filter(|_| about.tree.boot == boot_id());
-        let parts = parts.map_or_else(Vec::new, tree::copy::helpers_of);
-        tree::copy::remove(&parts);
         let healed = tree::heal::heal(&grown(&about.tree), run_id, foreign);
         if healed.sockets > 0 {
             let sockets = healed.sockets;
@@ -153,9 +169,20 @@ pub(in crate::transfer) fn end(about: &SourceAbout) -> Result<(), String> {
         end_processes(about)?;
         // It would try to resume what is dead, and take the lock away too soon.
         end_criu(about, false)?;
+        forget(about);
     }
     remove_images(about);
     Ok(())
+}
+
+/// A runtime that did not see how its container ended may have it still.
+pub(in crate::transfer) fn forget(about: &SourceAbout) {
+    let Some(forget) = &about.forget else { return };
+    let ended = command::run_to_end(forget, &about.work, Vec::new(), FORGET_TIME);
+    if let Err(error) = ended {
+        // Most often it has forgotten it already.
+        tracing::debug!("{error}");
+    }
 }
 
 /// Kills the tree's processes, behind their fence where there is one.
@@ -187,6 +214,9 @@ pub(in crate::transfer) fn pre_dumps(work: &Path) -> PathBuf {
 }
 
 fn remove_images(about: &SourceAbout) {
+    if let Some(root) = about.tree.processes.first() {
+        action::unregister(root.pid, &about.work);
+    }
     let _ = fs::remove_dir_all(pre_dumps(&about.work));
     let _ = fs::remove_dir_all(&about.work);
 }

@@ -28,7 +28,11 @@ use crate::criu::{Canceller, CriuError, CriuOptions, DumpOptions, Probe, Stage, 
 use crate::delta::{Compared, FileMeta, FileName, Outgoing, Record};
 use crate::image::{DumpStats, Inventory, PageFlags, PageRun, PagemapName};
 use crate::page::PageSize;
+use crate::runtime::DumpCommand;
 use crate::transfer::clock::Clock;
+use crate::transfer::external::action::POINTER;
+use crate::transfer::external::memory::{Door, DoorKeeper, Memory};
+use crate::transfer::external::{action, command};
 use crate::transfer::pause;
 use crate::tree::{Process, Tree, hold};
 
@@ -46,9 +50,20 @@ pub(super) enum Moment {
         result: Result<Compared, String>,
     },
     /// All images are written; the tree stays frozen until [`Frozen::end`].
-    Held { at_ns: u64 },
+    ///
+    /// `images`: where they are, if not where they were asked for.
+    Held { at_ns: u64, images: Option<Images> },
     /// CRIU has ended: the tree is gone, or runs on.
     Ended { result: Result<(), MigrateError> },
+}
+
+/// Images that a command has made.
+#[derive(Clone, Debug)]
+pub(super) struct Images {
+    /// CRIU's own directory, for as long as CRIU holds the tree.
+    pub(super) path: PathBuf,
+    /// Memory is among them, and is compared from there.
+    pub(super) has_memory: bool,
 }
 
 /// Makes the directory `parent/name`, mode 0700; `parent`, too, where it is missing.
@@ -69,6 +84,8 @@ pub(super) fn private_directory(parent: &Path, name: &str) -> std::io::Result<Pa
 pub(super) struct DumpPlace {
     root: PathBuf,
     keep_logs: bool,
+    // Root of the tree by which action scripts may find this.
+    registered: Option<u32>,
 }
 
 impl DumpPlace {
@@ -79,6 +96,7 @@ impl DumpPlace {
         Ok(Self {
             root,
             keep_logs: false,
+            registered: None,
         })
     }
 
@@ -90,26 +108,38 @@ impl DumpPlace {
         &self.root
     }
 
+    /// Action scripts of CRIU find this by the root of the tree.
+    pub(super) fn serves(&mut self, root: u32) {
+        self.registered = Some(root);
+    }
+
     /// The logs stay when this is dropped.
     pub(super) fn keep_logs(&mut self) {
         self.keep_logs = true;
     }
 
     /// The id of the dump, by which CRIU names its network lock.
-    pub(super) fn run_id(&self) -> Option<String> {
-        let bytes = fs::read(self.images().join("inventory.img")).ok()?;
+    pub(super) fn run_id(images: &Path) -> Option<String> {
+        let bytes = fs::read(images.join("inventory.img")).ok()?;
         Inventory::parse(&bytes, "inventory.img").ok()?.criu_run_id
     }
 
     /// CRIU's own figures, written when the dump has ended well.
     pub(super) fn stats(&self) -> Option<DumpStats> {
-        let bytes = fs::read(self.root.join("stats-dump")).ok()?;
+        let places = [self.root.clone(), self.root.join("work")];
+        let mut read = places
+            .iter()
+            .filter_map(|place| fs::read(place.join("stats-dump")).ok());
+        let bytes = read.next()?;
         DumpStats::parse(&bytes, "stats-dump").ok()
     }
 }
 
 impl Drop for DumpPlace {
     fn drop(&mut self) {
+        if let Some(root) = self.registered {
+            action::unregister(root, &self.root);
+        }
         let _ = fs::remove_dir_all(self.images());
         if !self.keep_logs {
             let _ = fs::remove_dir_all(&self.root);
@@ -121,7 +151,7 @@ impl Drop for DumpPlace {
 #[derive(Debug)]
 pub(super) struct Frozen {
     verdict: blocking::Sender<Verdict>,
-    canceller: Canceller,
+    canceller: Ender,
     given_away: Arc<AtomicBool>,
 }
 
@@ -156,6 +186,44 @@ impl Drop for Frozen {
             self.end(Verdict::Refuse);
         }
     }
+}
+
+/// What ends a dump from another thread.
+#[derive(Debug)]
+enum Ender {
+    Own(Canceller),
+    Command(command::Canceller, DoorKeeper),
+}
+
+impl Ender {
+    fn cancel(&self) {
+        match self {
+            Self::Own(canceller) => canceller.cancel(),
+            Self::Command(canceller, keeper) => {
+                canceller.cancel();
+                keeper.close();
+            }
+        }
+    }
+
+    fn kill(&self) {
+        match self {
+            Self::Own(canceller) => canceller.kill(),
+            Self::Command(canceller, keeper) => {
+                canceller.kill();
+                keeper.close();
+            }
+        }
+    }
+}
+
+/// Who dumps, and where its memory comes from.
+#[derive(Debug)]
+pub(super) enum Dumper {
+    /// A CRIU of our own.
+    Own(Prepared),
+    /// A command, which is started at the freeze.
+    Command(Box<DumpCommand>),
 }
 
 /// What a freeze needs, made before it.
@@ -203,24 +271,99 @@ pub(super) struct Job {
     pub(super) parent: Option<Parent>,
     /// Where it is recorded that the tree is frozen, before it is.
     pub(super) record: Option<Arc<Records>>,
+    /// Of the migration.
+    pub(super) name: String,
+    /// What a command is told of the options.
+    pub(super) words: String,
+}
+
+/// A dump that is about to begin.
+#[derive(Debug)]
+pub(super) enum Ready {
+    Own(Worker, std::os::unix::net::UnixStream),
+    Command(command::External, Door),
+}
+
+impl Ready {
+    /// The process to wait for: CRIU itself, or the command that will start it.
+    pub(super) fn pid(&self) -> u32 {
+        match self {
+            Self::Own(worker, _) => worker.pid(),
+            Self::Command(external, _) => external.leader().pid,
+        }
+    }
+
+    pub(super) fn leader(&self) -> Option<Process> {
+        match self {
+            Self::Own(..) => None,
+            Self::Command(external, _) => Some(external.leader()),
+        }
+    }
+}
+
+/// Starts what is to be started for `job`; nothing of it touches the tree yet.
+pub(super) fn ready(job: &Job, dumper: Dumper) -> Result<Ready, CriuError> {
+    let dump = match dumper {
+        Dumper::Own(Prepared { worker, socket, .. }) => return Ok(Ready::Own(worker, socket)),
+        Dumper::Command(dump) => dump,
+    };
+    let failed = |action| {
+        move |source| CriuError::Io {
+            pid: 0,
+            action,
+            source,
+        }
+    };
+    let door = Door::open().map_err(failed("listen for memory"))?;
+    let address = door.address().map_err(failed("listen for memory"))?;
+    let variables = vec![
+        ("CRXFER_PID", job.pid.to_string()),
+        ("CRXFER_NAME", job.name.clone()),
+        ("CRXFER_CONTAINER", dump.container.clone()),
+        ("CRXFER_OPTIONS", job.words.clone()),
+        ("CRXFER_PAGE_SERVER_ADDRESS", address.ip().to_string()),
+        ("CRXFER_PAGE_SERVER_PORT", address.port().to_string()),
+    ];
+    let external = command::External::start(
+        crate::criu::Operation::Dump,
+        &dump.command,
+        &job.work,
+        &job.images,
+        variables,
+        &dump.action,
+    )?;
+    action::register(job.pid, &job.work).map_err(failed("note where action scripts ask"))?;
+    Ok(Ready::Command(external, door))
 }
 
 /// Freezes and dumps. Returns at once; `tell` hears of everything that follows, from both threads.
 pub(super) fn freeze(
     job: Job,
-    prepared: Prepared,
+    ready: Ready,
     outgoing: Outgoing,
     stream: RecordStream,
     clock: Clock,
     tell: impl Fn(Moment) + Clone + Send + 'static,
 ) -> std::io::Result<Frozen> {
-    let Prepared { worker, socket, .. } = prepared;
     let (verdict, verdicts) = blocking::channel();
+    let (canceller, runner, source) = match ready {
+        Ready::Own(worker, socket) => (
+            Ender::Own(worker.canceller()),
+            Runner::Own(worker),
+            MemorySource::Pair(socket),
+        ),
+        Ready::Command(external, door) => (
+            Ender::Command(external.canceller(), door.keeper()),
+            Runner::Command(external, door.keeper()),
+            MemorySource::Door(door),
+        ),
+    };
     let frozen = Frozen {
         verdict,
-        canceller: worker.canceller(),
+        canceller,
         given_away: Arc::default(),
     };
+    let given_away = frozen.given_away.clone();
     let (page, number) = (job.page, job.number);
     let comparer = Comparer {
         outgoing,
@@ -243,10 +386,10 @@ pub(super) fn freeze(
     };
     std::thread::Builder::new()
         .name("memory".to_owned())
-        .spawn(move || take_memory(intake, comparer, socket, page, clock, &told))?;
+        .spawn(move || take_memory(intake, comparer, source, page, clock, &told))?;
     std::thread::Builder::new()
         .name("dump".to_owned())
-        .spawn(move || dump(&job, worker, &verdicts, clock, &tell))?;
+        .spawn(move || dump(&job, runner, &verdicts, clock, &given_away, &tell))?;
     Ok(frozen)
 }
 
@@ -255,64 +398,127 @@ fn processes_below(root: u32) -> Vec<Process> {
     Tree::below(root).map_or_else(|_| Vec::new(), |tree| tree.processes)
 }
 
+/// What dumps.
+#[derive(Debug)]
+enum Runner {
+    Own(Worker),
+    Command(command::External, DoorKeeper),
+}
+
+#[derive(Debug)]
+enum MemorySource {
+    Pair(std::os::unix::net::UnixStream),
+    Door(Door),
+}
+
+impl MemorySource {
+    fn wait(self) -> Option<Memory> {
+        match self {
+            Self::Pair(socket) => Some(Memory::Pair(socket)),
+            Self::Door(door) => door.wait(),
+        }
+    }
+}
+
+impl Runner {
+    fn run(
+        &mut self,
+        job: &Job,
+        decide: &mut dyn FnMut(Stage, Option<Process>, Option<Images>) -> Verdict,
+    ) -> Result<(), CriuError> {
+        match self {
+            Self::Own(worker) => dump_by(worker, job, decide),
+            Self::Command(external, keeper) => {
+                let done = external.run(&mut |report| {
+                    if report.stage != Stage::PostDump {
+                        return decide(report.stage, report.criu, None);
+                    }
+                    let has_memory = keeper.is_in(&report.images);
+                    let images = report.images.clone();
+                    let images = Some(images).map(|path| Images { path, has_memory });
+                    decide(report.stage, report.criu, images)
+                });
+                keeper.close();
+                done
+            }
+        }
+    }
+}
+
+fn dump_by(
+    worker: &mut Worker,
+    job: &Job,
+    decide: &mut dyn FnMut(Stage, Option<Process>, Option<Images>) -> Verdict,
+) -> Result<(), CriuError> {
+    let open = |path: &Path| {
+        File::open(path).map_err(|source| CriuError::Io {
+            pid: worker.pid(),
+            action: "open the directory of the images",
+            source,
+        })
+    };
+    let (images, work) = (open(&job.images)?, open(&job.work)?);
+    let mut options = DumpOptions::new(job.pid, images.as_fd(), work.as_fd(), job.criu.clone());
+    options.page_server = true;
+    if let Some(parent) = &job.parent {
+        options.parent = Some(parent.link.clone());
+        options.track_mem = true;
+        options.pidfd_store = parent.pidfds.as_ref().map(|socket| socket.as_fd());
+    }
+    let done = worker.dump(&options, &mut |stage, _| decide(stage, None, None));
+    done.map(drop)
+}
+
 fn dump(
     job: &Job,
-    mut worker: Worker,
+    mut runner: Runner,
     verdicts: &blocking::Receiver<Verdict>,
     clock: Clock,
+    given_away: &AtomicBool,
     tell: &impl Fn(Moment),
 ) {
     let mut unrecorded = None;
-    let mut run = |worker: &mut Worker| {
-        let open = |path: &Path| {
-            File::open(path).map_err(|source| CriuError::Io {
-                pid: worker.pid(),
-                action: "open the directory of the images",
-                source,
-            })
-        };
-        let (images, work) = (open(&job.images)?, open(&job.work)?);
-        let mut options = DumpOptions::new(job.pid, images.as_fd(), work.as_fd(), job.criu.clone());
-        options.page_server = true;
-        if let Some(parent) = &job.parent {
-            options.parent = Some(parent.link.clone());
-            options.track_mem = true;
-            options.pidfd_store = parent.pidfds.as_ref().map(|socket| socket.as_fd());
+    let result = runner.run(job, &mut |stage, criu, images| match stage {
+        Stage::PreDump => {
+            let record = job.record.as_ref();
+            let recorded = record.map(|record| {
+                if criu.is_some() {
+                    record.dumps_by(criu)?;
+                }
+                record.freezing(job.pid)
+            });
+            if let Some(Err(error)) = recorded {
+                unrecorded = Some(error);
+                return Verdict::Refuse;
+            }
+            pause::at("freezing");
+            tell(Moment::Freezing {
+                at_ns: clock.now_ns(),
+            });
+            Verdict::GoOn
         }
-        worker.dump(&options, &mut |stage, _| match stage {
-            Stage::PreDump => {
-                let record = job.record.as_ref();
-                if let Some(Err(error)) = record.map(|record| record.freezing(job.pid)) {
-                    unrecorded = Some(error);
-                    return Verdict::Refuse;
-                }
-                pause::at("freezing");
-                tell(Moment::Freezing {
-                    at_ns: clock.now_ns(),
-                });
-                Verdict::GoOn
+        Stage::PostDump => {
+            // Should CRIU die now, the tree does not run with what CRIU has done to its sockets.
+            let tree = processes_below(job.pid);
+            hold::stop(&tree);
+            tell(Moment::Held {
+                at_ns: clock.now_ns(),
+                images,
+            });
+            // Whoever would answer is gone: the tree runs on.
+            let verdict = verdicts.recv().unwrap_or(Verdict::Refuse);
+            if verdict == Verdict::Refuse {
+                hold::release(&tree);
             }
-            Stage::PostDump => {
-                // Should CRIU die now, the tree does not run with what CRIU has done to its sockets.
-                let tree = processes_below(job.pid);
-                hold::stop(&tree);
-                tell(Moment::Held {
-                    at_ns: clock.now_ns(),
-                });
-                // Whoever would answer is gone: the tree runs on.
-                let verdict = verdicts.recv().unwrap_or(Verdict::Refuse);
-                if verdict == Verdict::Refuse {
-                    hold::release(&tree);
-                }
-                verdict
-            }
-            _ => Verdict::GoOn,
-        })
-    };
-    let result = run(&mut worker).map(drop);
+            verdict
+        }
+        _ => Verdict::GoOn,
+    });
     // A CRIU that died in the middle may have left code of its own in the tree, and locks on its
-    // sockets: nothing runs until both are healed, by whoever ends this migration.
-    if result.as_ref().is_err_and(CriuError::has_died) {
+    // sockets: nothing runs until both are healed, by whoever ends this migration. Not a tree that was
+    // given away: the fence holds it, or it was healed already, and nobody would wake it again.
+    let is_ours = !given_away.load(Ordering::Acquire);
+    if is_ours && result.as_ref().is_err_and(CriuError::has_died) {
         hold::stop(&processes_below(job.pid));
     }
     let result = match unrecorded {
@@ -326,7 +532,7 @@ fn dump(
 fn take_memory(
     intake: impl FnOnce(blocking::SyncSender<Piece>) -> Intake,
     mut comparer: Comparer,
-    mut socket: std::os::unix::net::UnixStream,
+    source: MemorySource,
     page: PageSize,
     clock: Clock,
     tell: &impl Fn(Moment),
@@ -335,9 +541,13 @@ fn take_memory(
     let (served, compared) = std::thread::scope(|scope| {
         let comparing = scope.spawn(|| comparer.run(inbox));
         let mut intake = intake(pieces);
-        let served = page_client::serve(&mut socket, page, &mut intake);
-        // CRIU must not wait for a socket that nobody reads, nor the comparer for more.
-        drop((socket, intake));
+        let served = match source.wait() {
+            Some(memory) => memory.serve(page, &mut intake),
+            None => Err("the dump ended without any".into()),
+        };
+        // CRIU must not wait for a socket that nobody reads, nor the comparer for more; the former is
+        // dropped by now.
+        drop(intake);
         (served, comparing.join().expect("comparing does not panic"))
     });
     // What failed first is why the other one ended.
@@ -458,12 +668,17 @@ pub(super) fn send_images(
     number: u32,
     outgoing: &mut Outgoing,
     stream: &RecordStream,
+    has_memory: bool,
 ) -> std::io::Result<u64> {
     let mut names = Vec::new();
     for entry in fs::read_dir(images)? {
         let entry = entry?;
         // Not CRIU's link to the pre-dump: the destination's directory has a parent of its own.
-        if entry.file_type()?.is_file() {
+        let is_sent = |name: &str| {
+            let is_memory = name.starts_with("pagemap-") || name.starts_with("pages-");
+            name != POINTER && !(has_memory && is_memory)
+        };
+        if entry.file_type()?.is_file() && is_sent(&entry.file_name().to_string_lossy()) {
             names.push(entry.file_name());
         }
     }

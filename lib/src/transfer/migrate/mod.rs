@@ -7,6 +7,7 @@ mod iterate;
 mod record;
 mod report;
 mod stream;
+mod work;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use crate::criu::CriuOptions;
 use crate::handover::OnPartition;
 use crate::hooks::Hooks;
 use crate::precopy::{Goals, Prediction};
+use crate::runtime::DumpCommand;
 use crate::transport::{self, Identity};
 
 pub use driver::migrate;
@@ -46,6 +48,8 @@ pub struct MigrateOptions {
     pub goals: Goals,
     /// After this long frozen the tree resumes here, whatever the other side does.
     pub freeze_limit: Duration,
+    /// Dumps the tree in the place of a CRIU of our own, as a container's runtime does.
+    pub external: Option<DumpCommand>,
     /// The program CRIU.
     pub program: PathBuf,
     /// What CRIU is told on both sides (`config_file` only here).
@@ -60,7 +64,10 @@ pub struct MigrateOptions {
     pub bytes_per_s: Option<u64>,
     /// Most bytes of memory read a second while the tree runs.
     pub read_bytes_per_s: Option<u64>,
-    /// Where the images of the final dump are made, without its memory: best on a tmpfs.
+    /// Where images are kept on their way.
+    pub mode: Mode,
+    /// Where the images of the final dump are made, without its memory; with [`Mode::Diskless`] only
+    /// CRIU's log of a failure goes there.
     pub work: PathBuf,
     /// Where the journal of the migration is kept, by which it is ended well whatever dies. On a tmpfs
     /// it costs no time.
@@ -78,6 +85,29 @@ pub struct MigrateOptions {
     pub stop: watch::Receiver<bool>,
     /// Who is told what happens.
     pub events: MigrateEvents,
+}
+
+/// Where the images of a migration are until its copy runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// In directories, wherever those are.
+    Disk,
+    /// As [`Disk`](Self::Disk), with the source's directory on a tmpfs.
+    Tmpfs,
+    /// In memory that only descriptors hold, on both hosts: no file of it is visible.
+    #[default]
+    Diskless,
+}
+
+impl Mode {
+    /// As the command line has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Tmpfs => "tmpfs",
+            Self::Diskless => "diskless",
+        }
+    }
 }
 
 /// What happens during a migration, as it happens.

@@ -70,6 +70,11 @@ impl Records {
         self.learn(|about| about.criu = criu)
     }
 
+    /// Which command will start that.
+    pub(super) fn dumps_with(&self, command: Process) -> Result<(), JournalError> {
+        self.learn(|about| about.command = Some(command))
+    }
+
     /// Called by CRIU's thread, right before CRIU freezes the tree below `root`.
     pub(super) fn freezing(&self, root: u32) -> Result<(), JournalError> {
         self.look_again(root, None)?;
@@ -142,6 +147,8 @@ mod tests {
             run_id: None,
             foreign_tables: Vec::new(),
             criu: None,
+            command: None,
+            forget: None,
             fence: None,
             on_partition: OnPartition::Hold,
             partition_wait_ms: 0,

@@ -19,17 +19,19 @@ use tokio::time::MissedTickBehavior;
 use super::incoming::{Arrived, Place, Receiving, receive};
 use super::meeting::{Call, Registered};
 use super::record::{LOOK, Record, cannot_record};
-use super::restore::{self, Moment, Restoring, refused};
+use super::restore::{self, Builder, Moment, Restoring, Wanted, refused};
 use super::serve::Input;
 use super::{RestoreHost, Shared};
-use crate::criu::{CriuError, Worker};
+use crate::criu::CriuError;
 use crate::handover::{Answer, DestinationState};
 use crate::hooks;
 use crate::image::walk;
 use crate::page::PageSize;
 use crate::preflight::{self, Check, Facts};
+use crate::runtime::RestoreCommand;
 use crate::session::SessionError;
 use crate::session::migration::{MigrationDestination, MigrationDestinationCommand as Command};
+use crate::sink::Holder;
 use crate::standby::Standby;
 use crate::store::Tried as _;
 use crate::transfer::clock::{Clock, nanos};
@@ -59,7 +61,8 @@ pub(super) async fn serve(
     let facts = Facts::decode(&offer.facts)
         .map_err(|_| SessionError::Protocol("facts that cannot be read"))?;
     check_offer(&offer, shared.max_set_bytes)?;
-    let (driver, happenings) = Driver::new(connection, shared, host, offer, facts)?;
+    let runtime = runtime_of(&offer, &host)?;
+    let (driver, happenings) = Driver::new(connection, shared, host, offer, facts, runtime)?;
     driver.run(control, inputs, happenings).await
 }
 
@@ -82,13 +85,46 @@ fn check_offer(offer: &Offer, max_bytes: Option<u64>) -> Result<(), TransferErro
     }
 }
 
+/// The command that restores what is offered; `None` where that is CRIU of our own.
+fn runtime_of(offer: &Offer, host: &RestoreHost) -> Result<Option<RestoreCommand>, TransferError> {
+    if offer.runtime.is_empty() {
+        return Ok(None);
+    }
+    let refuse = |reason: String| refused(FailureCode::Refused, reason);
+    let name = offer.runtime.replace(char::is_control, " ");
+    let mut runtimes = host.runtimes.iter();
+    let found = runtimes.find(|runtime| runtime.runtime == offer.runtime);
+    let found = found.ok_or_else(|| {
+        refuse(format!(
+            "this `crxfer recv` does not know how to restore for {name}: start it with --restore-with {name}=COMMAND{}",
+            if name == "runc" { ", or --runc-bundles DIR" } else { "" }
+        ))
+    })?;
+    let container = &offer.container;
+    if !container.is_empty() && !RestoreCommand::can_name(container) {
+        return Err(refuse(
+            "the container's name has other characters than letters, digits and _.-".to_owned(),
+        ));
+    }
+    if let Some(bundles) = &found.bundles {
+        let bundle = bundles.join(container);
+        if container.is_empty() || !bundle.join("config.json").is_file() {
+            return Err(refuse(format!(
+                "there is no bundle for {container} here: bring one to {}, with the same config.json and the same files below its root",
+                bundle.display()
+            )));
+        }
+    }
+    Ok(Some(found.clone()))
+}
+
 /// What other threads tell the driver.
 #[derive(Debug)]
 enum Happening {
     Checked(Vec<Check>),
     Arrived(Arrived),
     // CRIU is started, the address hook has run.
-    Prepared(Result<Box<Worker>, TransferError>),
+    Prepared(Result<Box<Builder>, TransferError>),
     // All images are checked and on disk, and the journal says so.
     Completed(Result<(), TransferError>),
     HookRun(Result<(), hooks::HookError>),
@@ -107,9 +143,12 @@ struct Driver<'a> {
     clock: Clock,
     tell: mpsc::UnboundedSender<Happening>,
     place: Place,
+    // Where a command builds the copy.
+    wanted: Option<Wanted>,
+    in_memory: bool,
     receiving: Option<Receiving>,
-    worker: Option<JoinHandle<Result<Worker, CriuError>>>,
-    prepared: Option<Box<Worker>>,
+    worker: Option<JoinHandle<Result<Builder, CriuError>>>,
+    prepared: Option<Box<Builder>>,
     restoring: Option<Restoring>,
     // Of the copy that stands built, while it is held.
     held: Option<u32>,
@@ -156,16 +195,27 @@ impl<'a> Driver<'a> {
         host: RestoreHost,
         offer: Offer,
         facts: Facts,
+        runtime: Option<RestoreCommand>,
     ) -> Result<(Self, mpsc::UnboundedReceiver<Happening>), TransferError> {
-        let parent = shared.store.state_path("migrations");
+        let parent = shared.store.home_path("migrations");
         if !parent.is_dir() {
             let made = fs::DirBuilder::new().mode(0o700).create(&parent);
             made.tried("create", &parent)?;
         }
+        let path = parent.join(offer.id.to_string());
         let place = Place {
-            path: parent.join(offer.id.to_string()),
+            work: path.join("work"),
+            path,
             owned: false,
         };
+        let wanted = runtime.map(|runtime| Wanted {
+            runtime,
+            name: offer.name.clone(),
+            container: offer.container.clone(),
+            options: offer.options.clone(),
+            place: place.path.clone(),
+        });
+        let in_memory = shared.memories.wants(offer.keeping);
         let (tell, happenings) = mpsc::unbounded_channel();
         let (call, calls) = mpsc::unbounded_channel();
         let driver = Self {
@@ -178,6 +228,8 @@ impl<'a> Driver<'a> {
             clock: Clock::start(),
             tell,
             place,
+            wanted,
+            in_memory,
             receiving: None,
             worker: None,
             prepared: None,
@@ -376,7 +428,8 @@ impl<'a> Driver<'a> {
 
     fn check(&mut self) {
         let place = preflight::Place {
-            images: self.shared.store.root().to_owned(),
+            images: self.shared.store.home().to_owned(),
+            memory: self.in_memory.then(|| self.shared.memories.room()),
             criu: self.host.program.clone(),
             address_hook: self.host.hooks.has(hooks::Moment::AddressPrepare),
             restore_hook: self.host.hooks.has(hooks::Moment::BeforeRestore),
@@ -401,30 +454,61 @@ impl<'a> Driver<'a> {
             if let Some(config) = &self.host.config_file {
                 refuse_auto_dedup(config)?;
             }
-            let path = self.place.path.clone();
-            let record =
-                Record::begin(&self.shared, self.connection, &self.host, &self.offer, path);
-            self.record = Some(record.map_err(|error| cannot_record(&error))?);
+            let memory = self.find_place()?;
+            let (path, offer) = (self.place.path.clone(), &self.offer);
+            let record = Record::begin(
+                &self.shared,
+                self.connection,
+                &self.host,
+                offer,
+                self.wanted.as_ref().map(|wanted| wanted.runtime.clone()),
+                path,
+                memory,
+            );
+            let record = record.map_err(|error| cannot_record(&error))?;
+            self.place.work = record.about().work();
+            if let Some(wanted) = &mut self.wanted {
+                wanted.place = record.about().scene();
+            }
+            self.record = Some(record);
             self.state = Some(DestinationState::Receiving);
             let (id, peer) = (self.offer.id, self.connection.peer());
             self.registered = Some(Registered::new(&self.shared, id, peer, self.call.clone()));
             self.touched = true;
-            let durable = self.shared.store.is_durable();
+            let durable = self.is_durable();
             let standby = Standby::create(&self.place.path, self.offer.page_size, durable)?;
             self.place.owned = true;
-            fs::create_dir(self.place.path.join("work")).tried("create", &self.place.path)?;
+            fs::create_dir(&self.place.work).tried("create", &self.place.work)?;
             let tell = self.tell.clone();
             let told = move |arrived| {
                 let _ = tell.send(Happening::Arrived(arrived));
             };
             let started = receive(self.connection.clone(), standby, told);
             self.receiving = Some(started.tried("start a thread for", &self.place.path)?);
-            let program = self.host.program.clone();
-            self.worker = Some(spawn_blocking(move || restore::prepare(&program)));
+            let (program, wanted) = (self.host.program.clone(), self.wanted.clone());
+            self.worker = Some(spawn_blocking(move || match wanted {
+                Some(wanted) => restore::prepare_command(&wanted),
+                None => restore::prepare(&program),
+            }));
         }
         self.session.offered(Instant::now(), offered, refused);
         pause::at("receiving");
         Ok(())
+    }
+
+    // Where the images go; who holds that, where it is in memory.
+    fn find_place(&mut self) -> Result<Vec<Holder>, TransferError> {
+        if !self.in_memory {
+            return Ok(Vec::new());
+        }
+        let (id, bytes) = (self.offer.id, self.offer.memory_bytes);
+        let made = self.shared.memories.create(id, bytes, self.facts.force)?;
+        self.place.path = made.path;
+        Ok(made.holders)
+    }
+
+    fn is_durable(&self) -> bool {
+        !self.in_memory && self.shared.store.is_durable()
     }
 
     fn criu_version(&self, checks: &[Check]) -> String {

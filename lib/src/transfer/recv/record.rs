@@ -7,6 +7,8 @@ use std::time::Duration;
 use super::{RestoreHost, Shared};
 use crate::handover::journal::DestinationAbout;
 use crate::handover::{DestinationState, Journal, JournalError, Keep, Lease};
+use crate::runtime::RestoreCommand;
+use crate::sink::Holder;
 use crate::transfer::TransferError;
 use crate::transfer::finish::record_running;
 use crate::transport::Connection;
@@ -31,16 +33,24 @@ impl Record {
         connection: &Connection,
         host: &RestoreHost,
         offer: &Offer,
+        runtime: Option<RestoreCommand>,
         place: PathBuf,
+        memory: Vec<Holder>,
     ) -> Result<Self, JournalError> {
+        let directory = Journal::<DestinationState>::directory_of(&shared.state, offer.id);
+        let work = (!memory.is_empty()).then(|| directory.join("work"));
         let limit = host.hooks.time_limit().as_millis();
         let about = DestinationAbout {
             name: offer.name.clone(),
             peer: connection.peer().to_string(),
             address: connection.remote_address(),
             place,
+            memory,
+            work,
             facts: offer.facts.clone(),
             options: offer.options.clone(),
+            runtime,
+            container: offer.container.clone(),
             program: from_anywhere(&host.program),
             config_file: host.config_file.as_deref().map(absolute),
             hooks: host.hooks.commands(),

@@ -86,6 +86,21 @@ impl Migration {
             .collect()
     }
 
+    /// One that `command` makes, which hands crxfer all that follows `--`.
+    pub(crate) fn by(mut command: Command, to: &Receiver) -> Self {
+        let report = to.ticket.with_extension("report.json");
+        let _ = fs::remove_file(&report);
+        command.args(["--to", &to.target(), "--", "--json", "--report"]);
+        command.arg(&report);
+        Self { command, report }
+    }
+
+    /// With one more word for the command.
+    pub(crate) fn with(mut self, words: &[&str]) -> Self {
+        self.command.args(words);
+        self
+    }
+
     pub(crate) fn start(mut self) -> Result<Migrating> {
         self.command
             .stdin(Stdio::null())
@@ -151,6 +166,11 @@ impl Migrating {
             let caught = u64::from_str_radix(caught.trim(), 16).ok()?;
             (caught & INTERRUPT != 0).then_some(())
         })
+    }
+
+    /// Its process, by its pid outside.
+    pub(crate) fn process(&self) -> Result<i32> {
+        hosts::only_child(self.child.id())
     }
 
     /// Kills it at once, as a crash or a power cut would.

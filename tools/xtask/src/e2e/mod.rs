@@ -3,9 +3,12 @@
 //! Each case has hosts and a directory of its own. Cases that need only root run where CRIU does not
 //! work; what is left out is said in one line.
 
+mod docker;
+mod lxc;
 mod migrate;
 mod page_server;
 mod restore;
+mod streamer;
 mod trouble;
 mod volume;
 
@@ -75,7 +78,10 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
     page_server::cases(&context, &mut report);
+    streamer::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
+    lxc::cases(&context, &mut report);
+    docker::cases(&context, &mut report);
     Ok(report.tally)
 }
 

@@ -45,9 +45,9 @@ impl Memcached {
     }
 }
 
-impl Workload for Memcached {
-    fn start(&mut self, host: &Host) -> Result<u32> {
-        let program = run::find_program("memcached").context("memcached is not installed")?;
+impl Memcached {
+    /// What it is started with.
+    pub(crate) fn arguments(&self) -> Vec<String> {
         let limit = (self.values.bytes() * 2 / (1 << 20) + 64).to_string();
         let port = Self::PORT.to_string();
         let (address, udp_port) = match self.serves {
@@ -59,7 +59,11 @@ impl Workload for Memcached {
             // Asking for limits of another user's process needs a right that containers lack.
             "root", "-l", address, "-p", &port, "-U", udp_port, "-t", "2", "-m", &limit,
         ];
-        let pid = host.start_workload(&program, &arguments)?;
+        arguments.map(str::to_owned).to_vec()
+    }
+
+    /// Stores all values in the one that runs on `host`.
+    pub(crate) fn fill(&self, host: &Host) -> Result<()> {
         let all: Vec<usize> = (0..self.values.len()).collect();
         host.within(|| {
             let mut client = Client::connect()?;
@@ -69,7 +73,17 @@ impl Workload for Memcached {
                 false => Ok(()),
             }
         })?;
-        host.wait_for_closed_connections()?;
+        host.wait_for_closed_connections()
+    }
+}
+
+impl Workload for Memcached {
+    fn start(&mut self, host: &Host) -> Result<u32> {
+        let program = run::find_program("memcached").context("memcached is not installed")?;
+        let arguments = self.arguments();
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let pid = host.start_workload(&program, &arguments)?;
+        self.fill(host)?;
         Ok(pid)
     }
 

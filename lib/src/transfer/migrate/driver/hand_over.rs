@@ -5,22 +5,26 @@ use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::{Command, Driver, Event, Input, ended};
+use super::{Command, Driver, Event, Input, ended, restore_options};
 use crate::criu::{CriuError, Verdict};
 use crate::delta::{Compared, Outgoing};
 use crate::handover::SourceState;
 use crate::hooks;
+use crate::runtime;
 use crate::session::SessionError;
-use crate::transfer::migrate::freeze::{self, DumpPlace, Job, Moment, Prepared};
+use crate::transfer::migrate::freeze::{self, DumpPlace, Dumper, Images, Job, Moment};
 use crate::transfer::migrate::report::Outcome;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
-use crate::transfer::{costs, pause};
+use crate::transfer::{costs, finish, pause};
 
 /// How long CRIU may take to say why it failed. The tree stands still meanwhile.
 const SAY_TIME: Duration = Duration::from_millis(500);
 
 /// How long CRIU may take to end when its tree is dead.
 const END_TIME: Duration = Duration::from_secs(3);
+
+/// The same of a command, whose runtime tidies up behind it.
+const COMMAND_TIME: Duration = Duration::from_secs(20);
 
 /// How long the destination may take to say that its copy runs before it is asked again.
 const ANSWER_TIME: Duration = Duration::from_secs(3);
@@ -31,15 +35,16 @@ impl Driver<'_> {
     pub(super) async fn freeze(
         &mut self,
         outgoing: Outgoing,
-        prepared: Prepared,
+        dumper: Dumper,
     ) -> Result<Outgoing, MigrateError> {
         let begun = self.clock.now_ns();
         let number = self.session.prepare_final(Instant::now());
-        let place = DumpPlace::create(&self.options.work, &self.id.to_string());
-        let place = place.map_err(|source| MigrateError::Work {
-            path: self.options.work.clone(),
-            source,
-        })?;
+        let work = self.work_path();
+        let place = DumpPlace::create(&work, &self.id.to_string());
+        let mut place = place.map_err(|source| MigrateError::Work { path: work, source })?;
+        if self.options.external.is_some() {
+            place.serves(self.options.pid);
+        }
         let job = Job {
             pid: self.options.pid,
             number,
@@ -49,8 +54,16 @@ impl Driver<'_> {
             work: place.root().to_owned(),
             parent: self.parent.take(),
             record: self.record.clone(),
+            name: self.name.clone(),
+            words: runtime::words(&restore_options(&self.options.criu)),
         };
         self.place = Some(place);
+        let readying = spawn_blocking(move || {
+            let ready = freeze::ready(&job, dumper);
+            ready.map(|ready| (job, ready))
+        });
+        let (job, ready) = self.job(readying).await??;
+        self.criu_is(&ready)?;
         self.until(|event| match event {
             Event::Session(Command::Freeze) => Break(()),
             other => Continue(other),
@@ -62,10 +75,9 @@ impl Driver<'_> {
         let tell = move |moment| {
             let _ = input.send(Input::Freeze(moment));
         };
-        self.criu_is(prepared.worker.pid())?;
         self.session.frozen(Instant::now());
         self.emit(MigrateEvent::Freezing);
-        let frozen = freeze::freeze(job, prepared, outgoing, stream, self.clock, tell);
+        let frozen = freeze::freeze(job, ready, outgoing, stream, self.clock, tell);
         self.frozen = Some(frozen.map_err(|source| MigrateError::Work {
             path: "/proc/self".into(),
             source,
@@ -100,7 +112,8 @@ impl Driver<'_> {
                     }
                     outgoing = Some(*back);
                 }
-                Moment::Held { at_ns } => {
+                Moment::Held { at_ns, images } => {
+                    self.dumped_images = images;
                     self.phase("dump the rest", from.min(at_ns), at_ns);
                     let took = at_ns.saturating_sub(self.freezing_ns);
                     self.dump_took = Duration::from_nanos(took);
@@ -129,7 +142,12 @@ impl Driver<'_> {
         loop {
             match tokio::time::timeout(SAY_TIME, self.moment()).await {
                 Ok(Ok(Moment::Ended {
-                    result: Err(error @ MigrateError::Criu(CriuError::Failed(_))),
+                    result:
+                        Err(
+                            error @ MigrateError::Criu(
+                                CriuError::Failed(_) | CriuError::Command { .. },
+                            ),
+                        ),
                     ..
                 })) => return error,
                 Ok(Ok(Moment::Ended { .. })) | Err(_) => return MigrateError::Memory(memory),
@@ -143,12 +161,16 @@ impl Driver<'_> {
         pause::at_point("held").await;
         let begun = self.clock.now_ns();
         self.begin_fencing();
-        let images = self.place.as_ref().expect("made before").images();
+        let place = self.place.as_ref().expect("made before");
+        let (images, has_memory) = match &self.dumped_images {
+            Some(Images { path, has_memory }) => (path.clone(), *has_memory),
+            None => (place.images(), false),
+        };
         let stream = self.stream.clone().expect("opened before");
         let (page, number) = (self.page, self.session.iteration());
         let path = images.clone();
         let sending = spawn_blocking(move || {
-            freeze::send_images(&path, page, number, &mut outgoing, &stream)
+            freeze::send_images(&path, page, number, &mut outgoing, &stream, has_memory)
         });
         let sent = self.job(sending).await?;
         sent.map_err(|source| MigrateError::Work {
@@ -237,10 +259,17 @@ impl Driver<'_> {
             frozen.end(Verdict::GoOn);
         }
         self.wake_criu();
-        let problem = self.end_criu(END_TIME).await;
+        let longest = match &self.options.external {
+            Some(_) => COMMAND_TIME,
+            None => END_TIME,
+        };
+        let problem = self.end_criu(longest).await;
         self.report.notes.extend(left.clone());
         if let Some(problem) = problem {
             tracing::warn!("{problem}");
+            if let Some(about) = self.record.as_ref().map(|record| record.about()) {
+                let _ = spawn_blocking(move || finish::tree::forget(&about)).await;
+            }
         }
         self.phase("end the source's tree", begun, self.clock.now_ns());
         // One that builds on a pre-dump says nothing about others.

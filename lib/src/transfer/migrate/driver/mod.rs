@@ -11,6 +11,7 @@ mod safety;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow::{Break, Continue};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
@@ -19,12 +20,13 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use self::safety::CriuEnd;
-use super::freeze::{self, DumpPlace, Frozen, Moment};
+use super::freeze::{self, DumpPlace, Dumper, Frozen, Images, Moment};
 use super::iterate::Parent;
 use super::record::{FencingError, Records};
 use super::report::{Host, HostCheck, MigrationReport, Outcome, PhaseReport, may_begin};
 use super::stream::RecordStream;
-use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions};
+use super::work::Work;
+use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions, Mode};
 use crate::criu::CriuOptions;
 use crate::hooks;
 use crate::page::PageSize;
@@ -39,7 +41,7 @@ use crate::transfer::costs;
 use crate::transfer::guard::Guard;
 use crate::transfer::send::{EndOnDrop, connect, source_config};
 use crate::transport::{CloseCode, Connection, ControlSender};
-use crate::wire::{Message, MigrationId, Offer, Phase, RestoreOptions};
+use crate::wire::{Keeping, Message, MigrationId, Offer, Phase, RestoreOptions};
 
 /// Moves a running process tree to the destination, and returns when it runs there.
 ///
@@ -201,7 +203,11 @@ struct Driver<'a> {
     record: Option<Arc<Records>>,
     guard: Option<Guard>,
     fencing: Option<JoinHandle<Result<(), FencingError>>>,
+    // Where the images are made.
+    work: Option<Work>,
     place: Option<DumpPlace>,
+    // Where a command has made them.
+    dumped_images: Option<Images>,
     // Of the final dump; and whether there is one.
     parent: Option<Parent>,
     is_chained: bool,
@@ -234,6 +240,7 @@ impl<'a> Driver<'a> {
             format!("{}-{}", comm.trim(), options.pid)
         });
         let page = PageSize::of_host();
+        let external = options.external.as_ref();
         let offer = Offer {
             id,
             name: name.clone(),
@@ -242,9 +249,12 @@ impl<'a> Driver<'a> {
             facts: survey.facts.encode(),
             options: restore_options(&options.criu),
             dry_run: options.dry_run,
-            keeping: crate::wire::Keeping::AsSet,
-            runtime: String::new(),
-            container: String::new(),
+            keeping: match options.mode {
+                Mode::Diskless => Keeping::Memory,
+                Mode::Disk | Mode::Tmpfs => Keeping::AsSet,
+            },
+            runtime: external.map_or_else(String::new, |it| it.runtime.clone()),
+            container: external.map_or_else(String::new, |it| it.container.clone()),
         };
         let goals = Goals {
             freeze_limit: Some(options.freeze_limit),
@@ -260,6 +270,7 @@ impl<'a> Driver<'a> {
             id,
             name: name.clone(),
             outcome: Outcome::Checked,
+            mode: options.mode,
             checks,
             method: "",
             iterations: Vec::new(),
@@ -304,7 +315,9 @@ impl<'a> Driver<'a> {
             record: None,
             guard: None,
             fencing: None,
+            work: None,
             place: None,
+            dumped_images: None,
             parent: None,
             is_chained: false,
             dump_took: Duration::ZERO,
@@ -321,15 +334,20 @@ impl<'a> Driver<'a> {
         if !self.offer().await? {
             return Ok(());
         }
+        self.work = Some(Work::open(self.options.mode, &self.options.work)?);
         self.record().await?;
         self.touched = true;
         self.hook(hooks::Moment::BeforeFirstIteration).await?;
         let program = self.options.program.clone();
-        let preparing = spawn_blocking(move || freeze::prepare(&program));
+        let external = self.options.external.clone();
+        let preparing = spawn_blocking(move || match external {
+            Some(dump) => Ok(Dumper::Command(Box::new(dump))),
+            None => freeze::prepare(&program).map(Dumper::Own),
+        });
         let outgoing = self.iterations().await?;
         self.hook(hooks::Moment::BeforeFreeze).await?;
-        let prepared = self.job(preparing).await??;
-        let outgoing = self.freeze(outgoing, prepared).await?;
+        let dumper = self.job(preparing).await??;
+        let outgoing = self.freeze(outgoing, dumper).await?;
         self.hand_over(outgoing).await
     }
 
@@ -381,6 +399,12 @@ impl<'a> Driver<'a> {
 
     fn emit(&self, event: MigrateEvent) {
         self.options.events.emit(event);
+    }
+
+    fn work_path(&self) -> PathBuf {
+        self.work
+            .as_ref()
+            .map_or_else(|| self.options.work.clone(), |work| work.path().to_owned())
     }
 
     fn environment(&self) -> hooks::Environment {

@@ -14,7 +14,7 @@ use crate::precopy::{Decision, Iteration, Why};
 use crate::transfer::migrate::iterate::{self, PrecopySource, Scanned, Setup};
 use crate::transfer::migrate::report::IterationReport;
 use crate::transfer::migrate::stream::RecordStream;
-use crate::transfer::migrate::{MigrateError, MigrateEvent};
+use crate::transfer::migrate::{MigrateError, MigrateEvent, Precopy};
 use crate::transfer::{TransferError, costs, pause};
 
 /// The parts that read and compare, which move from thread to thread.
@@ -67,10 +67,15 @@ impl Driver<'_> {
             pid: self.options.pid,
             program: self.options.program.clone(),
             criu: self.options.criu.clone(),
-            work: self.options.work.clone(),
+            work: self.work_path(),
             name: self.id.to_string(),
         };
-        let (precopy, page) = (self.options.precopy.clone(), self.page);
+        let precopy = match (&self.options.external, &self.options.precopy) {
+            // A command's dump builds on no pre-dump of ours.
+            (Some(_), Precopy::Auto) => Precopy::Live,
+            (_, precopy) => precopy.clone(),
+        };
+        let page = self.page;
         let opening = spawn_blocking(move || iterate::open(&precopy, page, reader, setup));
         let source = self.job(opening).await??;
         self.report.method = source.method();

@@ -15,7 +15,7 @@ use crate::transfer::finish::{
     self, FinishOptions, SourceOutcome, clear_source, finish_source, tree as hands,
 };
 use crate::transfer::guard::{Guard, GuardSide};
-use crate::transfer::migrate::freeze::{DumpPlace, Moment};
+use crate::transfer::migrate::freeze::{DumpPlace, Moment, Ready};
 use crate::transfer::migrate::record::Records;
 use crate::transfer::migrate::report::Outcome;
 use crate::transfer::migrate::{MigrateError, MigrateEvent};
@@ -60,8 +60,9 @@ impl Driver<'_> {
             path: options.state.clone(),
             source,
         })?;
-        let work = std::path::absolute(&options.work).map_err(|source| MigrateError::Work {
-            path: options.work.clone(),
+        let work = self.work_path();
+        let work = std::path::absolute(&work).map_err(|source| MigrateError::Work {
+            path: work.clone(),
             source,
         })?;
         let processes = self.survey.processes.iter().map(|process| process.pid);
@@ -89,6 +90,8 @@ impl Driver<'_> {
             run_id: None,
             foreign_tables,
             criu: None,
+            command: None,
+            forget: options.external.as_ref().and_then(|it| it.forget.clone()),
             fence,
             on_partition: options.on_partition,
             partition_wait_ms: u64::try_from(options.partition_wait.as_millis())
@@ -151,10 +154,13 @@ impl Driver<'_> {
         let Some(record) = self.record.clone() else {
             return;
         };
-        let (pid, run_id) = (
-            self.options.pid,
-            self.place.as_ref().and_then(DumpPlace::run_id),
-        );
+        let images = self
+            .dumped_images
+            .as_ref()
+            .map(|images| images.path.clone());
+        let images = images.or_else(|| self.place.as_ref().map(DumpPlace::images));
+        let pid = self.options.pid;
+        let run_id = images.and_then(|images| DumpPlace::run_id(&images));
         self.fencing = Some(spawn_blocking(move || {
             let fenced = record.fence(pid, run_id);
             pause::at("fenced");
@@ -381,9 +387,14 @@ impl Driver<'_> {
     }
 
     /// Records which process of CRIU will dump.
-    pub(super) fn criu_is(&self, pid: u32) -> Result<(), JournalError> {
-        let record = self.record.as_ref();
-        record.map_or(Ok(()), |record| record.dumps_by(Process::of(pid)))
+    pub(super) fn criu_is(&self, ready: &Ready) -> Result<(), JournalError> {
+        let Some(record) = &self.record else {
+            return Ok(());
+        };
+        if let Some(leader) = ready.leader() {
+            record.dumps_with(leader)?;
+        }
+        record.dumps_by(Process::of(ready.pid()))
     }
 
     /// Waits until CRIU has ended by itself, or kills it: what it holds is dead.
