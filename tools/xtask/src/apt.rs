@@ -36,6 +36,14 @@ pub(crate) const ARPING: Needed = Needed {
     program: "arping",
     package: "iputils-arping",
 };
+pub(crate) const RUNC: Needed = Needed {
+    program: "runc",
+    package: "runc",
+};
+pub(crate) const NFT: Needed = Needed {
+    program: "nft",
+    package: "nftables",
+};
 pub(crate) const RSYNC: Needed = Needed {
     program: "rsync",
     package: "rsync",

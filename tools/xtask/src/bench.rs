@@ -2,7 +2,7 @@
 //! `--kind migrate`, whole migrations against other ways to move a process; with `--kind modes`, each
 //! mode against the studies' own commands for it; with `--kind lxc`, LXC containers against LXC's own tool.
 
-mod baseline;
+pub(crate) mod baseline;
 mod lxc;
 mod migrate;
 mod modes;

@@ -122,8 +122,7 @@ impl Container {
     }
 
     fn said(&self) -> String {
-        let text = fs::read_to_string(self.log()).unwrap_or_default();
-        run::last_lines(&text, 12)
+        last_lines(&self.log())
     }
 
     /// Starts it on `host` and waits until it does what it is for.
@@ -196,7 +195,8 @@ impl Container {
         let status = silent.stderr(Stdio::null()).status()?;
         ensure!(
             status.success(),
-            "lxc-checkpoint -r failed: {status}\n{}",
+            "lxc-checkpoint -r failed: {status}\n{}\n{}",
+            last_lines(&directory.join("restore.log")),
             self.said()
         );
         Ok(())
@@ -249,6 +249,10 @@ impl Drop for Container {
     fn drop(&mut self) {
         self.remove_groups();
     }
+}
+
+fn last_lines(log: &Path) -> String {
+    run::last_lines(&fs::read_to_string(log).unwrap_or_default(), 12)
 }
 
 /// Removes the control groups that LXC made for container `name` in `directory` and below. Its monitor

@@ -25,20 +25,20 @@ const RESTORE: [&str; 3] = ["--tcp-established", "--network-lock", "nftables"];
 
 /// What is moved, from host A to B.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Moving<'a> {
-    pub(super) criu: &'a Criu,
-    pub(super) network: &'a Network,
-    pub(super) pid: u32,
+pub(crate) struct Moving<'a> {
+    pub(crate) criu: &'a Criu,
+    pub(crate) network: &'a Network,
+    pub(crate) pid: u32,
     /// Where images go, in memory.
-    pub(super) memory: &'a Scratch,
+    pub(crate) memory: &'a Scratch,
 }
 
 /// How long each part of a move took.
-pub(super) type Parts = Vec<(&'static str, Duration)>;
+pub(crate) type Parts = Vec<(&'static str, Duration)>;
 
 /// The method of the studies: a dump into memory that leaves the process running, copied by rsync;
 /// then a second one that stops it, copied again, of which rsync moves only what changed; restore.
-pub(super) fn dump_twice_and_rsync(moving: Moving<'_>) -> Result<Parts> {
+pub(crate) fn dump_twice_and_rsync(moving: Moving<'_>) -> Result<Parts> {
     let Moving {
         criu,
         network,
@@ -69,7 +69,7 @@ pub(super) fn dump_twice_and_rsync(moving: Moving<'_>) -> Result<Parts> {
 }
 
 /// What CRIU alone needs: one dump into memory and a restore from the same, with no copy at all.
-pub(super) fn dump_and_restore(moving: Moving<'_>) -> Result<Parts> {
+pub(crate) fn dump_and_restore(moving: Moving<'_>) -> Result<Parts> {
     let Moving {
         criu,
         network,
@@ -88,7 +88,7 @@ pub(super) fn dump_and_restore(moving: Moving<'_>) -> Result<Parts> {
 
 /// The disk-less method of the studies: one dump straight into a page server in the destination's
 /// memory, then a copy of the small images; restore. Without soft-dirty CRIU has no pre-dumps.
-pub(super) fn dump_to_page_server(moving: Moving<'_>) -> Result<Parts> {
+pub(crate) fn dump_to_page_server(moving: Moving<'_>) -> Result<Parts> {
     let Moving {
         criu,
         network,
@@ -141,32 +141,32 @@ fn finish(moving: Moving<'_>, images: &Path, clock: &mut Clock) -> Result<()> {
 }
 
 /// Measures one part after the other.
-pub(super) struct Clock {
+pub(crate) struct Clock {
     last: Instant,
-    pub(super) parts: Parts,
+    pub(crate) parts: Parts,
 }
 
 impl Clock {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             last: Instant::now(),
             parts: Vec::new(),
         }
     }
 
-    pub(super) fn lap(&mut self, name: &'static str) {
+    pub(crate) fn lap(&mut self, name: &'static str) {
         self.parts.push((name, self.last.elapsed()));
         self.last = Instant::now();
     }
 }
 
 /// `rsync --daemon` on the destination. It ends with its host at the latest.
-pub(super) struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
 }
 
 impl Daemon {
-    pub(super) fn start(host: &Host, directory: &Path, memory: &Scratch) -> Result<Self> {
+    pub(crate) fn start(host: &Host, directory: &Path, memory: &Scratch) -> Result<Self> {
         let configuration: PathBuf = memory.path().join("rsyncd.conf");
         fs::write(
             &configuration,
@@ -191,7 +191,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    pub(super) fn copy(&self, from: &Host, to: &Host, directory: &Path) -> Result<()> {
+    pub(crate) fn copy(&self, from: &Host, to: &Host, directory: &Path) -> Result<()> {
         let source = format!("{}/", directory.display());
         let target = format!("rsync://{}:{RSYNC_PORT}/images/", to.address);
         let mut command = from.command("rsync");
@@ -199,9 +199,11 @@ impl Daemon {
     }
 }
 
-/// What rsync is called with; in place, as that is the faster way to copy to memory.
+/// What rsync is called with: in place, as that is the faster way to copy to memory; and two dumps of
+/// one second differ.
 fn rsync_options() -> Vec<String> {
-    let options = std::env::var("CRXFER_BENCH_RSYNC").unwrap_or_else(|_| "-a --inplace".to_owned());
+    let options = std::env::var("CRXFER_BENCH_RSYNC")
+        .unwrap_or_else(|_| "-a --inplace --modify-window=-1".to_owned());
     options.split_whitespace().map(str::to_owned).collect()
 }
 

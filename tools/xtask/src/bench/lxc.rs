@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use super::baseline::{Clock, Daemon, Parts};
+use super::baseline::{Clock, Daemon};
 use super::{Options, median};
 use crate::apt;
 use crate::client::{Download, Poller};
@@ -38,6 +38,9 @@ impl fmt::Display for Method {
         })
     }
 }
+
+/// How long each part of a move took.
+type Parts = Vec<(String, Duration)>;
 
 /// One move.
 struct Run {
@@ -170,19 +173,27 @@ fn by_lxc(ground: &Ground<'_>) -> Result<(usize, Parts)> {
     network.announce(&hosts.b)?;
     clock.lap("announce");
     network.withdraw(&hosts.a)?;
-    Ok((since, clock.parts))
+    let parts = clock.parts.into_iter();
+    Ok((
+        since,
+        parts.map(|(name, time)| (name.to_owned(), time)).collect(),
+    ))
 }
 
 fn by_crxfer(ground: &Ground<'_>) -> Result<Parts> {
     let receiver = ground.receive_with(&ground.restore_command())?;
     let report = ground.migrate(&receiver)?;
-    let own = Duration::from_secs_f64(report.downtime_ms / 1e3);
-    Ok(vec![("it says", own)])
+    let ms = |time: f64| Duration::from_secs_f64(time.max(0.0) / 1e3);
+    let mut parts = vec![("it says".to_owned(), ms(report.downtime_ms))];
+    for phase in report.phases {
+        parts.push((phase.name, ms(phase.end_ms - phase.begin_ms)));
+    }
+    Ok(parts)
 }
 
 fn line(kind: Kind, method: Method, run: &Run) -> String {
     let part =
-        |(name, time): &(&str, Duration)| format!("{name} {:.0} ms", time.as_secs_f64() * 1e3);
+        |(name, time): &(String, Duration)| format!("{name} {:.0} ms", time.as_secs_f64() * 1e3);
     let parts: Vec<String> = run.parts.iter().map(part).collect();
     format!(
         "{}, {method}: {:.0} ms: {}",

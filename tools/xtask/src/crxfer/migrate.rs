@@ -42,14 +42,24 @@ impl Crxfer {
         to: &Receiver,
         more: &[&str],
     ) -> Result<Migration> {
+        let pid = pid.to_string();
+        self.migration(from, to, &[&["--pid", &pid], more].concat())
+    }
+
+    /// The migration of whatever `words` say.
+    pub(crate) fn migration(
+        &self,
+        from: &Host,
+        to: &Receiver,
+        words: &[&str],
+    ) -> Result<Migration> {
         let report = to.ticket.with_extension("report.json");
         let _ = fs::remove_file(&report);
         let mut command = self.command(Place::On(from));
         command
-            .args(["migrate", "--json", "--pid", &pid.to_string()])
-            .args(["--to", &to.target(), "--report"])
+            .args(["migrate", "--json", "--to", &to.target(), "--report"])
             .arg(&report)
-            .args(more);
+            .args(words);
         Ok(Migration { command, report })
     }
 }

@@ -9,6 +9,7 @@ mod migrate;
 mod page_server;
 mod restore;
 mod streamer;
+mod runc;
 mod trouble;
 mod volume;
 
@@ -82,6 +83,7 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     migrate::cases(&context, &mut report);
     lxc::cases(&context, &mut report);
     docker::cases(&context, &mut report);
+    runc::cases(&context, &mut report);
     Ok(report.tally)
 }
 

@@ -1,6 +1,7 @@
 //! Real programs with state in memory: started on one host, written to, checked on the other.
 
 mod busy;
+mod container;
 mod echo;
 mod memcached;
 mod nginx;
@@ -12,6 +13,7 @@ mod values;
 use anyhow::{Result, bail};
 
 pub(crate) use busy::BusyTree;
+pub(crate) use container::Runc;
 pub(crate) use echo::Echo;
 pub(crate) use memcached::Memcached;
 pub(crate) use nginx::{Nginx, Streaming};
