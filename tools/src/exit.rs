@@ -3,10 +3,10 @@
 use std::fmt::Write as _;
 use std::io;
 
-use crxfer::criu::streamer::StreamerError;
 use crxfer::criu::endpoint::{EndpointError, SessionError as DumpError};
 use crxfer::criu::page_client::ServeError;
 use crxfer::criu::page_feed::FeedError;
+use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::live::LiveError;
@@ -89,7 +89,7 @@ impl Exit {
         ),
         (
             Self::Criu,
-            "CRIU failed, here or there (migrate, page-server, stream: the workload runs on here)",
+            "CRIU failed, here or there (migrate, stream, page-server: the workload runs on here)",
         ),
         (
             Self::InDoubt,
@@ -101,7 +101,7 @@ impl Exit {
         ),
         (
             Self::FreezeLimit,
-            "migrate, page-server, stream: frozen for --freeze-limit; the workload runs on here",
+            "migrate, stream, page-server: frozen for --freeze-limit; the workload runs on here",
         ),
         (Self::Stopped, "stopped by Ctrl-C or SIGTERM"),
     ];

@@ -205,7 +205,7 @@ fn with(client: Client, event: Value) -> Value {
 fn taken(client: Client, served: &Served, name: &str, stored: Option<PagesStored>) -> Value {
     let event = json!({
         "event": "taken",
-        "headers": served.layout.map(headers),
+        "headers": served.layout.filter(|_| served.spaces > 0).map(headers),
         "tasks_and_segments": served.spaces,
         "bytes": served.bytes,
         "name": stored.as_ref().map(|_| name),

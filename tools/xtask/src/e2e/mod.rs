@@ -78,8 +78,8 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     volume::cases(&context, &mut report);
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
-    streamer::cases(&context, &mut report);
     page_server::cases(&context, &mut report);
+    streamer::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
     lxc::cases(&context, &mut report);
     docker::cases(&context, &mut report);

@@ -105,6 +105,12 @@ impl Endpoint {
         })
     }
 
+    /// Address and port, for those that want it in one word.
+    pub(super) fn address(&self) -> String {
+        let port = self.words.last().map(String::as_str);
+        format!("127.0.0.1:{}", port.unwrap_or_default())
+    }
+
     /// What `criu dump` is to be told.
     pub(super) fn words(&self) -> Vec<String> {
         self.words.clone()
