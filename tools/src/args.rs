@@ -1,5 +1,6 @@
 //! The command line: what may be written, and what `--help` teaches.
 
+mod archive;
 mod migrate;
 mod recover;
 mod stream;
@@ -17,6 +18,7 @@ use crxfer::wire::Layout;
 use crate::exit;
 use crate::size::{Bytes, Rate};
 
+pub(crate) use self::archive::{ArchiveArgs, ArchiveCommand};
 pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
 pub(crate) use self::stream::{CaptureArgs, ServeArgs, StreamArgs, StreamCommand, VoteArgs};
@@ -55,6 +57,7 @@ pub(crate) enum Command {
     Status(StatusArgs),
     Send(SendArgs),
     Stream(StreamArgs),
+    Archive(ArchiveArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crxfer::archive::ArchiveError;
 use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
@@ -29,6 +30,8 @@ pub(crate) enum Failed {
     Store(StoreError),
     /// A key file.
     Identity(IdentityError),
+    /// A container's archive.
+    Archive(Box<ArchiveError>),
     /// CRIU's image streams.
     Stream(Box<StreamError>),
     /// A file of the command's own.
@@ -71,6 +74,7 @@ impl Failed {
             Self::Transfer(error) => error.into(),
             Self::Migrate(failure) => failure.as_ref().into(),
             Self::Image(error) => error.into(),
+            Self::Archive(error) => error.as_ref().into(),
             Self::Stream(error) => error.as_ref().into(),
             Self::Store(error) => error.into(),
             Self::Identity(error) => error.into(),
@@ -92,6 +96,7 @@ impl Failed {
             Self::Transfer(error) => with_causes(error),
             Self::Migrate(failure) => migration(failure),
             Self::Image(error) => with_causes(error),
+            Self::Archive(error) => with_causes(error.as_ref()),
             Self::Stream(error) => with_causes(error.as_ref()),
             Self::Identity(error) => with_causes(error),
             Self::File { what, path, source } => {
@@ -170,6 +175,12 @@ impl From<StoreError> for Failed {
 impl From<IdentityError> for Failed {
     fn from(error: IdentityError) -> Self {
         Self::Identity(error)
+    }
+}
+
+impl From<ArchiveError> for Failed {
+    fn from(error: ArchiveError) -> Self {
+        Self::Archive(Box::new(error))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io;
 
+use crxfer::archive::ArchiveError;
 use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
@@ -160,6 +161,21 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Hook(_) => Self::Hook,
             MigrateError::GivenUp(_) => Self::GivenUp,
             MigrateError::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl From<&ArchiveError> for Exit {
+    fn from(error: &ArchiveError) -> Self {
+        match error {
+            ArchiveError::Io { .. } => Self::Storage,
+            ArchiveError::Image(error) => error.into(),
+            ArchiveError::Exists(_) => Self::Usage,
+            ArchiveError::TooLarge { .. } => Self::Limit,
+            ArchiveError::Damaged { .. }
+            | ArchiveError::Refused { .. }
+            | ArchiveError::NoImages(_)
+            | ArchiveError::NoRest(_) => Self::Set,
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Nothing here decides about a transfer; what it does stands in the crate `crxfer`.
 
+mod archive;
 mod args;
 mod error;
 mod exit;
@@ -67,6 +68,7 @@ fn run(command: Command) -> Result<(), Failed> {
         Command::Guard(args) => recover::guard(&args),
         Command::Send(args) => block_on(send::run(args), LAST_READ),
         Command::Stream(args) => block_on(stream::run(args), LAST_READ),
+        Command::Archive(args) => archive::run(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => inspect::diff(&args),
