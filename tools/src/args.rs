@@ -1,6 +1,7 @@
 //! The command line: what may be written, and what `--help` teaches.
 
 mod container;
+mod archive;
 mod migrate;
 mod page_server;
 mod recover;
@@ -21,6 +22,7 @@ use crate::exit;
 use crate::size::{Bytes, Rate};
 
 pub(crate) use self::container::{ContainerArgs, RuncSetupArgs, RuntimeArgs};
+pub(crate) use self::archive::{ArchiveArgs, ArchiveCommand};
 pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
 pub(crate) use self::page_server::{FeedArgs, PageServerArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
@@ -62,6 +64,7 @@ pub(crate) enum Command {
     PageServer(PageServerArgs),
     Feed(FeedArgs),
     Stream(StreamArgs),
+    Archive(ArchiveArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),

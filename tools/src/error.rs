@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crxfer::criu::endpoint::EndpointError;
 use crxfer::criu::page_feed::FeedError;
+use crxfer::archive::ArchiveError;
 use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
@@ -31,6 +32,8 @@ pub(crate) enum Failed {
     Store(StoreError),
     /// A key file.
     Identity(IdentityError),
+    /// A container's archive.
+    Archive(Box<ArchiveError>),
     /// CRIU's image streams.
     Stream(Box<StreamError>),
     /// A file of the command's own.
@@ -79,6 +82,7 @@ impl Failed {
             Self::Transfer(error) => error.into(),
             Self::Migrate(failure) => failure.as_ref().into(),
             Self::Image(error) => error.into(),
+            Self::Archive(error) => error.as_ref().into(),
             Self::Stream(error) => error.as_ref().into(),
             Self::Store(error) => error.into(),
             Self::Identity(error) => error.into(),
@@ -103,6 +107,7 @@ impl Failed {
             Self::Transfer(error) => with_causes(error),
             Self::Migrate(failure) => migration(failure),
             Self::Image(error) => with_causes(error),
+            Self::Archive(error) => with_causes(error.as_ref()),
             Self::Stream(error) => with_causes(error.as_ref()),
             Self::Identity(error) => with_causes(error),
             Self::File { what, path, source } => {
@@ -187,6 +192,12 @@ impl From<StoreError> for Failed {
 impl From<IdentityError> for Failed {
     fn from(error: IdentityError) -> Self {
         Self::Identity(error)
+    }
+}
+
+impl From<ArchiveError> for Failed {
+    fn from(error: ArchiveError) -> Self {
+        Self::Archive(Box::new(error))
     }
 }
 

@@ -6,6 +6,7 @@ use std::io;
 use crxfer::criu::endpoint::{EndpointError, SessionError as DumpError};
 use crxfer::criu::page_client::ServeError;
 use crxfer::criu::page_feed::FeedError;
+use crxfer::archive::ArchiveError;
 use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
@@ -163,6 +164,21 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Hook(_) => Self::Hook,
             MigrateError::GivenUp(_) => Self::GivenUp,
             MigrateError::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl From<&ArchiveError> for Exit {
+    fn from(error: &ArchiveError) -> Self {
+        match error {
+            ArchiveError::Io { .. } => Self::Storage,
+            ArchiveError::Image(error) => error.into(),
+            ArchiveError::Exists(_) => Self::Usage,
+            ArchiveError::TooLarge { .. } => Self::Limit,
+            ArchiveError::Damaged { .. }
+            | ArchiveError::Refused { .. }
+            | ArchiveError::NoImages(_)
+            | ArchiveError::NoRest(_) => Self::Set,
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Nothing here decides about a transfer; what it does stands in the crate `crxfer`.
 
 mod action;
+mod archive;
 mod args;
 mod container;
 mod error;
@@ -77,6 +78,7 @@ fn run(command: Command) -> Result<(), Failed> {
         Command::PageServer(args) => block_on(page_server::run(args), LAST_READ),
         Command::Feed(args) => feed::run(&args),
         Command::Stream(args) => block_on(stream::run(args), LAST_READ),
+        Command::Archive(args) => archive::run(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => inspect::diff(&args),

@@ -2,7 +2,7 @@
 //!
 //! For whom files are only read from their begin to their end: CRIU's restore by an image streamer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,7 +24,8 @@ const MAX_OPEN: usize = 16;
 #[derive(Debug)]
 pub struct FlatView {
     chain: Chain,
-    /// Whose pages are in the pages file of that number.
+    /// Whose pages are in the pages file of that number, if any of them is elsewhere. What is all in
+    /// its own directory is left as it is, to the byte.
     spaces: BTreeMap<u32, PagemapName>,
 }
 
@@ -32,9 +33,13 @@ impl FlatView {
     /// A view of `chain`. Fails where its memory is not understood, or two memories share a file.
     pub fn new(chain: Chain) -> Result<Self, ImageError> {
         chain.require_understood()?;
-        let mut spaces = BTreeMap::new();
+        let (mut spaces, mut own) = (BTreeMap::new(), BTreeSet::new());
         for (&name, pagemap) in chain.newest().pagemaps() {
-            if spaces.insert(pagemap.pages_id(), name).is_some() {
+            let is_shared = !own.insert(pagemap.pages_id());
+            if !pagemap.runs().iter().all(|run| run.flags.is_present()) {
+                spaces.insert(pagemap.pages_id(), name);
+            }
+            if is_shared {
                 return Err(ImageError::BadCount {
                     file: name.to_string(),
                     what: "it names the pages file of another pagemap",
@@ -52,7 +57,7 @@ impl FlatView {
     /// The file `name` of the flat directory; `None` if it has none.
     pub fn open(&self, name: &str) -> Result<Option<FlatFile<'_>>, ImageError> {
         let parts = match FileKind::of(name) {
-            FileKind::Pagemap(space) if self.chain.newest().pagemaps().contains_key(&space) => {
+            FileKind::Pagemap(space) if self.spaces.values().any(|other| *other == space) => {
                 vec![Part::Bytes(self.pagemap(space)?)]
             }
             FileKind::Pages(id) if self.spaces.contains_key(&id) => {
@@ -237,6 +242,27 @@ impl FlatFile<'_> {
         self.open.insert(level, opened.clone());
         Ok(opened)
     }
+}
+
+/// Whether two files of that name say the same: pagemaps may cut runs where they like.
+#[cfg(test)]
+pub(crate) fn same_image(name: &str, one: &[u8], other: &[u8]) -> bool {
+    let joined = |bytes: &[u8]| {
+        let page_size = crate::page::PageSize::new(4096).unwrap();
+        let map = Pagemap::parse(bytes, name, page_size).unwrap();
+        let mut runs: Vec<super::PageRun> = Vec::new();
+        for run in map.runs() {
+            match runs.last_mut() {
+                Some(last) if last.end(page_size) == run.vaddr && last.flags == run.flags => {
+                    last.pages += run.pages;
+                }
+                _ => runs.push(*run),
+            }
+        }
+        (map.pages_id(), runs)
+    };
+    one == other
+        || matches!(FileKind::of(name), FileKind::Pagemap(_)) && joined(one) == joined(other)
 }
 
 #[cfg(test)]

@@ -398,8 +398,9 @@ fn a_restore_gets_a_chain_as_one_directory() {
             let mut found = Vec::new();
             let mut image = criu.restore(name).expect(name);
             image.read_to_end(&mut found).unwrap();
-            assert!(found == *content, "{set}: {name}");
-            total += content.len() as u64;
+            let same = crate::image::flat::same_image(name, &found, content);
+            assert!(same, "{set}: {name}");
+            total += found.len() as u64;
         }
         drop(criu);
         let served = serving.end().unwrap();
