@@ -17,7 +17,7 @@ use crxfer::wire::Layout;
 use crate::exit;
 use crate::size::{Bytes, Rate};
 
-pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
+pub(crate) use self::migrate::{MigrateArgs, ModeArg, RestoreArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
 
 const EXAMPLES: &str = "\
