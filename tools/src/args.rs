@@ -21,9 +21,9 @@ use crxfer::wire::Layout;
 use crate::exit;
 use crate::size::{Bytes, Rate};
 
-pub(crate) use self::container::{ContainerArgs, RuncSetupArgs, RuntimeArgs};
 pub(crate) use self::archive::{ArchiveArgs, ArchiveCommand};
-pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
+pub(crate) use self::container::{ContainerArgs, RuncSetupArgs, RuntimeArgs};
+pub(crate) use self::migrate::{MigrateArgs, ModeArg, RestoreArgs};
 pub(crate) use self::page_server::{FeedArgs, PageServerArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
 pub(crate) use self::stream::{CaptureArgs, ServeArgs, StreamArgs, StreamCommand, VoteArgs};
