@@ -196,7 +196,7 @@ impl From<&StoreError> for Exit {
             StoreError::Io { source, .. } if source.kind() == io::ErrorKind::InvalidData => {
                 Self::Set
             }
-            StoreError::Io { .. } | StoreError::Busy(_) => Self::Storage,
+            StoreError::Io { .. } | StoreError::Busy(_) | StoreError::Overtaken(_) => Self::Storage,
             StoreError::Foreign(_) | StoreError::NotYours(_) => Self::Storage,
             StoreError::NotAStore(_) | StoreError::NoSuchSet(_) | StoreError::Damaged { .. } => {
                 Self::Set
