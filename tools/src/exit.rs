@@ -287,7 +287,7 @@ impl From<&StoreError> for Exit {
             StoreError::Io { source, .. } if source.kind() == io::ErrorKind::InvalidData => {
                 Self::Set
             }
-            StoreError::Io { .. } | StoreError::Busy(_) => Self::Storage,
+            StoreError::Io { .. } | StoreError::Busy(_) | StoreError::Overtaken(_) => Self::Storage,
             StoreError::Foreign(_) | StoreError::NotYours(_) => Self::Storage,
             StoreError::Sink(_) | StoreError::Unseen { .. } => Self::Storage,
             StoreError::NotAStore(_)
