@@ -1,7 +1,7 @@
 //! The command line: what may be written, and what `--help` teaches.
 
-mod container;
 mod archive;
+mod container;
 mod migrate;
 mod page_server;
 mod recover;

@@ -4,9 +4,9 @@ use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crxfer::archive::ArchiveError;
 use crxfer::criu::endpoint::EndpointError;
 use crxfer::criu::page_feed::FeedError;
-use crxfer::archive::ArchiveError;
 use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;

@@ -3,10 +3,10 @@
 use std::fmt::Write as _;
 use std::io;
 
+use crxfer::archive::ArchiveError;
 use crxfer::criu::endpoint::{EndpointError, SessionError as DumpError};
 use crxfer::criu::page_client::ServeError;
 use crxfer::criu::page_feed::FeedError;
-use crxfer::archive::ArchiveError;
 use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;

@@ -110,8 +110,9 @@ impl Found {
         let opened = match side {
             Side::Source => open(root, id)?
                 .map(|(journal, history, held)| (Record::Source(journal, Box::new(history)), held)),
-            Side::Destination => open(root, id)?
-                .map(|(journal, history, held)| (Record::Destination(journal, Box::new(history)), held)),
+            Side::Destination => open(root, id)?.map(|(journal, history, held)| {
+                (Record::Destination(journal, Box::new(history)), held)
+            }),
         };
         Ok(opened.map(|(record, held)| Self {
             id,

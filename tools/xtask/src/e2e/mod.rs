@@ -8,8 +8,8 @@ mod lxc;
 mod migrate;
 mod page_server;
 mod restore;
-mod streamer;
 mod runc;
+mod streamer;
 mod trouble;
 mod volume;
 
