@@ -294,7 +294,6 @@ impl From<&StoreError> for Exit {
             | StoreError::Gone(_)
             | StoreError::NoSuchSet(_)
             | StoreError::Damaged { .. } => Self::Set,
-            StoreError::Overtaken(_) => Self::Destination,
         }
     }
 }
