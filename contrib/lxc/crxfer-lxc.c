@@ -163,6 +163,9 @@ static int become_criu(int argc, char **argv)
 		add_options(&list);
 		add_unified_root(&list);
 	}
+	/* CRIU says from this level on that it has let a copy go: whoever finds the copy later must know. */
+	if (restores)
+		add(&list, "-v3");
 	if (dumps) {
 		add(&list, "--network-lock");
 		add(&list, "nftables");

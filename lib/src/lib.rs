@@ -26,7 +26,8 @@
 //! - [`store`]: the receiving directory: published sets, their generations, what builds on what.
 //! - [`live`]: the memory of a running process tree, read from outside without stopping it.
 //! - [`precopy`]: when to freeze it. No I/O and no clock.
-//! - [`criu`]: CRIU driven by RPC, and the protocol in which it sends memory.
+//! - [`criu`]: CRIU driven by RPC, and the protocols in which it sends memory and whole images.
+//! - [`archive`]: checkpoints of containers in one file, as podman exports them.
 //! - [`standby`]: the destination's copy in the making.
 //! - [`preflight`], [`hooks`]: what is checked before; an operator's commands at named moments.
 //! - `transport` and `transfer` (feature `net`, on by default): QUIC, and the drivers that join all this:
@@ -96,6 +97,7 @@
 //! }
 //! ```
 
+pub mod archive;
 pub mod criu;
 pub mod delta;
 pub mod digest;

@@ -185,6 +185,17 @@ pub struct FlatFile<'a> {
 }
 
 impl FlatFile<'_> {
+    /// Bytes that are left to read: all of the file, before the first piece.
+    pub fn length(&self) -> u64 {
+        let lengths = self.parts.as_slice().iter().map(|part| match part {
+            Part::Bytes(bytes) => bytes.len() as u64,
+            Part::Whole { length, .. } | Part::Pages { length, .. } | Part::Zeros(length) => {
+                *length
+            }
+        });
+        lengths.sum()
+    }
+
     /// The next piece; `None` at the end.
     pub fn next_piece(&mut self) -> Result<Option<Piece>, ImageError> {
         Ok(Some(match self.parts.next() {

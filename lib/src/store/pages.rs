@@ -1,4 +1,8 @@
 //! Sets that come from page sessions: memory without the rest, generation by generation.
+//!
+//! A dump that CRIU takes resets the kernel's tracking of changes. What the kernel calls unchanged at
+//! the next one is what a stored set has only if that set holds the dump before it. Such a set is
+//! *tracked*: a file beside its record says so, and goes when the next dump begins, which may be lost.
 
 use std::fs::{self, File};
 use std::io;
@@ -9,27 +13,32 @@ use super::error::{StoreError, Tried};
 /// The state of a set that only has memory yet: what CRIU sent to a page server.
 pub const PAGES_STATE: &str = "pages";
 
-// Beside a set's record: a dump that was to build on the set has begun, and may have been lost.
-const DUMP_BEGUN: &str = "dump-begun";
+const TRACKED: &str = "tracked";
 
 impl Store {
-    /// A dump that builds on the set number `id` may begin now. True if none has begun before.
-    ///
-    /// A dump that CRIU takes resets the kernel's tracking of changes. If it is lost on its way, then
-    /// what the kernel calls unchanged afterwards is not what the set has.
-    pub fn begin_dump_on(&self, id: u64) -> Result<bool, StoreError> {
-        let path = self.set_path(id).join(DUMP_BEGUN);
-        match File::create_new(&path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
-            other => drop(other.tried("create", &path)?),
-        }
-        self.sync_dir(&self.set_path(id))?;
-        Ok(true)
+    /// Whether changes are tracked from the dump on that the set number `id` holds.
+    pub fn is_tracked(&self, id: u64) -> bool {
+        self.set_path(id).join(TRACKED).exists()
     }
 
-    /// The dump that was announced has not begun.
-    pub fn withdraw_dump_on(&self, id: u64) {
-        // Where it stays, the next dump is whole.
-        let _ = fs::remove_file(self.set_path(id).join(DUMP_BEGUN));
+    /// A dump that builds on the set number `id` may begin now: the set is not tracked any more.
+    /// Whether it was.
+    pub fn untrack(&self, id: u64) -> Result<bool, StoreError> {
+        let path = self.set_path(id).join(TRACKED);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            other => {
+                other.tried("remove", &path)?;
+                self.sync_dir(&self.set_path(id))?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// The set number `id` is tracked: it was stored just now, or the dump that was announced has
+    /// not begun.
+    pub fn track(&self, id: u64) -> Result<(), StoreError> {
+        let path = self.set_path(id).join(TRACKED);
+        File::create(&path).tried("create", &path).map(drop)
     }
 }

@@ -62,6 +62,8 @@ pub struct NewSet {
     pub image_bytes: u64,
     /// The set that must still have the name, where this one takes over what that holds.
     pub succeeds: Option<u64>,
+    /// It holds the dump that the kernel tracks changes from: see [`Store::is_tracked`].
+    pub tracked: bool,
 }
 
 /// A set that is visible now.
@@ -447,7 +449,7 @@ impl Store {
             .mode(0o700)
             .create(&place)
             .tried("create", &place)?;
-        let written = self.write_set(&record, files, digests);
+        let written = self.write_set(&record, new.tracked, files, digests);
         if written.is_err() {
             let _ = remove_tree(&place);
         }
@@ -457,10 +459,14 @@ impl Store {
     fn write_set(
         &self,
         record: &Record,
+        tracked: bool,
         files: &[FileMeta],
         digests: impl Iterator<Item = Digest>,
     ) -> Result<(), StoreError> {
         let place = self.set_path(record.id);
+        if tracked {
+            self.track(record.id)?;
+        }
         let index = place.join("index");
         Index::write(&index, files, digests, self.durable).tried("write", &index)?;
         self.save(record)?;

@@ -129,6 +129,7 @@ fn new_set(name: &str, text: &str, base: Option<u64>) -> NewSet {
         keep_link: None,
         image_bytes: text.len() as u64,
         succeeds: None,
+        tracked: false,
     }
 }
 

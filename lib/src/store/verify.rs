@@ -235,6 +235,7 @@ mod tests {
             keep_link: None,
             image_bytes: content.len() as u64,
             succeeds: None,
+            tracked: false,
         };
         let published = store.publish(stage, new, &[meta], digests.into_iter());
         published.unwrap().record

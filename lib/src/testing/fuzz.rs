@@ -19,9 +19,10 @@ use crate::store::Index;
 use crate::text;
 use crate::ticket::Ticket;
 use crate::wire::{
-    BeginSet, BlockId, Codec, Failure, FailureCode, FrameHeader, HEADER_LEN, Hello, Layout,
-    Message, MigrationId, Object, Offer, Offered, Phase, Published, RecordKind, RestoreOptions,
-    SegmentAt, Step, StreamNote, Welcome, decode_ops, encode_ops, limits,
+    BeginSet, BlockId, Codec, Failure, FailureCode, FrameHeader, Generation, HEADER_LEN, HeldRun,
+    Hello, Layout, Message, MigrationId, Object, Offer, Offered, PagesHeld, PagesOffer,
+    PagesOffered, PagesStep, PagesStored, Phase, Published, RecordKind, RestoreOptions, SegmentAt,
+    Step, StreamNote, Welcome, decode_ops, encode_ops, limits,
 };
 
 pub use super::session_fuzz::{session, session_seeds};
@@ -88,7 +89,7 @@ fn played(role: Role, step: usize, mut stream: &[u8]) -> (Vec<String>, Option<St
                 }
             }
             RequestsWant::Answer => {
-                let exists = stream[0] % 2 == 0;
+                let exists = stream[0].is_multiple_of(2);
                 assert_eq!(requests.answer(exists).len(), 6);
             }
             RequestsWant::Pipe => {
@@ -404,6 +405,10 @@ pub fn sample_messages() -> Vec<Message> {
         unchanged: true,
         notes: vec!["a note".into()],
     };
+    let generation = Generation {
+        number: 2,
+        root: Digest([4; 32]),
+    };
     vec![
         Message::Hello(Hello {
             versions: (1, 1),
@@ -447,6 +452,37 @@ pub fn sample_messages() -> Vec<Message> {
         Message::Working,
         Message::Published(published),
         Message::Failure(Failure::new(FailureCode::Storage, "disk full")),
+        Message::Pages(PagesStep::Offer(PagesOffer {
+            name: set_name("3"),
+            page_size: PageSize::new(4096).expect("a page size"),
+            known: Some(generation),
+        })),
+        Message::Pages(PagesStep::Offered(PagesOffered {
+            generation: Some(generation),
+            listed: true,
+            continues: true,
+        })),
+        Message::Pages(PagesStep::Held(PagesHeld {
+            memory: PagemapName::Shmem(9),
+            runs: vec![
+                HeldRun {
+                    first: 5,
+                    digests: vec![Digest([1; 32]); 2],
+                },
+                HeldRun {
+                    first: 300,
+                    digests: vec![Digest([2; 32])],
+                },
+            ],
+            last: true,
+        })),
+        Message::Pages(PagesStep::Stored(PagesStored {
+            generation: 3,
+            pages: 7,
+            fresh_pages: 2,
+            stored_bytes: 8192,
+            notes: vec!["a note".into()],
+        })),
     ]
 }
 

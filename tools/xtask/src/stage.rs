@@ -1,5 +1,6 @@
 //! A memcached that serves clients while it is moved: what migrations are measured and tested with.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -10,6 +11,9 @@ use crate::workload::{Memcached, Values, Workload};
 
 /// Bytes of one value.
 const VALUE_BYTES: usize = 100_000;
+
+/// Starts a program with arguments on A of the network, and gives its pid there.
+type Start<'a> = dyn Fn(&Network, &Path, &[&str]) -> Result<u32> + 'a;
 
 /// A memcached on A with a client that polls and one that writes, both on C.
 #[derive(Debug)]
@@ -39,22 +43,18 @@ pub(crate) struct Seen {
 impl Stage {
     /// Starts everything, with `mib` of values of which `writes` are rewritten a second.
     pub(crate) fn start(rate: Rate, mib: u64, writes: u32) -> Result<Self> {
-        Self::start_by(rate, mib, writes, |memcached, network| {
-            memcached.start(&network.hosts.a)
+        Self::start_by(rate, mib, writes, &|network, program, arguments| {
+            network.hosts.a.start_workload(program, arguments)
         })
     }
 
-    /// The same with a memcached that `start` starts on A and fills; it gives its pid there.
-    pub(crate) fn start_by(
-        rate: Rate,
-        mib: u64,
-        writes: u32,
-        start: impl FnOnce(&mut Memcached, &Network) -> Result<u32>,
-    ) -> Result<Self> {
+    /// The same with a memcached that `start` starts.
+    pub(crate) fn start_by(rate: Rate, mib: u64, writes: u32, start: &Start<'_>) -> Result<Self> {
         let network = Network::new(rate)?;
         let count = usize::try_from(mib)? * 1_000_000 / VALUE_BYTES;
         let mut memcached = Memcached::serving(Values::new(count, VALUE_BYTES));
-        let pid = start(&mut memcached, &network)?;
+        let a = &network.hosts.a;
+        let pid = memcached.start_by(a, &|program, words| start(&network, program, words))?;
         let question = Question::MemcachedUdp {
             port: Memcached::PORT,
         };

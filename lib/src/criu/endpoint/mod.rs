@@ -20,6 +20,7 @@
 //! nothing are no dump yet: CRIU connects before it freezes anything, and speaks afterwards.
 
 mod guard;
+#[cfg(feature = "net")]
 pub(crate) mod local;
 mod maker;
 mod patient;

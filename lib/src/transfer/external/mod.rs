@@ -17,3 +17,6 @@
 pub mod action;
 pub(in crate::transfer) mod command;
 pub(in crate::transfer) mod memory;
+
+#[cfg(test)]
+mod tests;

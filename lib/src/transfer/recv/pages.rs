@@ -78,7 +78,7 @@ impl Drop for Place {
 #[derive(Clone, Debug)]
 struct Base {
     record: Record,
-    // No dump that was to build on it was lost.
+    // The kernel tracks changes from the dump on that it holds.
     continues: bool,
 }
 
@@ -239,7 +239,7 @@ impl<'a> Driver<'a> {
                 let offer = self.session.offer();
                 if let Some(base) = &self.base {
                     // Another connection may have withdrawn its own meanwhile.
-                    self.shared.store.begin_dump_on(base.record.id)?;
+                    self.shared.store.untrack(base.record.id)?;
                 }
                 self.shared.events.emit(Event::SetBegun {
                     name: offer.name.to_string(),
@@ -288,7 +288,8 @@ impl<'a> Driver<'a> {
             }
             drop(place);
             if let Some(base) = unbegun {
-                store.withdraw_dump_on(base.record.id);
+                // Where that fails, the next dump is whole.
+                let _ = store.track(base.record.id);
             }
         });
         let _ = ending.await;
@@ -308,7 +309,7 @@ fn prepare(shared: &Shared, peer: [u8; 32], offer: &PagesOffer) -> Result<Prepar
     };
     let (base, held) = match found {
         Some((record, held)) => {
-            let continues = store.begin_dump_on(record.id)?;
+            let continues = store.untrack(record.id)?;
             (Some(Base { record, continues }), held)
         }
         None => (None, HeldPages::default()),
@@ -471,6 +472,7 @@ fn publish(
         keep_link: None,
         image_bytes,
         succeeds: base.map(|base| base.record.id),
+        tracked: true,
     };
     let published = store.publish(stage, new, &files, digests.into_iter())?;
     if let Err(error) = store.tidy(Some(offer.name.as_str()), shared.keep) {

@@ -103,6 +103,9 @@ pub(super) fn store_set(
             .filter(|_| layout == Layout::Faithful && assembled.completes.is_none()),
         image_bytes: begin.total_bytes,
         succeeds: assembled.completes,
+        tracked: assembled
+            .completes
+            .is_some_and(|id| shared.store.is_tracked(id)),
     };
     let digests = assembled.all_digests(&job.recipe);
     let published = shared

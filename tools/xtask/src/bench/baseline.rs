@@ -161,6 +161,7 @@ impl Clock {
 }
 
 /// `rsync --daemon` on the destination. It ends with its host at the latest.
+#[derive(Debug)]
 pub(crate) struct Daemon {
     child: Child,
 }

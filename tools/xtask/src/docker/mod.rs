@@ -144,11 +144,6 @@ impl Daemon {
         Ok(fs::read_to_string(self.root.join("pid"))?.trim().parse()?)
     }
 
-    /// Where it keeps what belongs to container `id`.
-    pub(crate) fn container(&self, id: &str) -> PathBuf {
-        self.root.join("data/containers").join(id)
-    }
-
     fn address(&self) -> String {
         format!("DOCKER_HOST=unix://{}/socket", self.root.display())
     }
@@ -204,9 +199,14 @@ impl Daemon {
     }
 
     /// What `crxfer recv` must be told so that it restores containers here.
-    pub(crate) fn restore_option(&self) -> [String; 2] {
-        let command = format!("{PATH} {} {} restore", self.address(), script().display());
-        ["--restore-with".to_owned(), format!("docker={command}")]
+    pub(crate) fn restore_options(&self) -> [String; 4] {
+        let command = format!("docker={PATH} {} {}", self.address(), script().display());
+        [
+            "--restore-with".to_owned(),
+            format!("{command} restore"),
+            "--remove-with".to_owned(),
+            format!("{command} remove"),
+        ]
     }
 
     /// The move of container `name` away from here; to be started.

@@ -1,5 +1,6 @@
 //! Docker containers that are moved between two daemons while clients use them, and moves that fail.
 
+use std::cell::OnceCell;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -63,23 +64,21 @@ struct Ground<'a> {
 
 impl<'a> Ground<'a> {
     fn new(context: &'a Context, rate: Rate) -> Result<Self> {
-        let mut daemons = None;
-        let stage = Stage::start_by(rate, 60, 50, |memcached, network| {
-            let both = daemons.insert(Daemons::start(network)?);
-            let program = run::find_program("memcached").context("memcached is not installed")?;
-            both.import(network, "memcached:1", &program, &[])?;
-            let mut words = vec![program.display().to_string()];
-            words.extend(memcached.arguments());
-            let words: Vec<&str> = words.iter().map(String::as_str).collect();
-            let host = &network.hosts.a;
-            let pid = both.a.run(host, NAME, &[RESTART], "memcached:1", &words)?;
-            memcached.fill(host)?;
+        let started = OnceCell::new();
+        let stage = Stage::start_by(rate, 60, 50, &|network, program, words| {
+            let daemons = Daemons::start(network)?;
+            daemons.import(network, "memcached:1", program, &[])?;
+            let program = program.display().to_string();
+            let words: Vec<&str> = [&[program.as_str()], words].concat();
+            let a = &network.hosts.a;
+            let pid = daemons.a.run(a, NAME, &[RESTART], "memcached:1", &words)?;
+            started.get_or_init(|| daemons);
             Ok(pid)
         })?;
         Ok(Self {
             context,
             stage,
-            daemons: daemons.context("no daemons")?,
+            daemons: started.into_inner().context("no daemons")?,
             memory: Scratch::within(Path::new("/dev/shm"), "docker")?,
         })
     }
@@ -151,7 +150,7 @@ fn receive(
     memory: &Scratch,
 ) -> Result<Receiver> {
     let mut words = Migration::hooks(network);
-    words.extend(daemons.b.restore_option());
+    words.extend(daemons.b.restore_options());
     words.push("--listen".to_owned());
     words.push(format!("{}:{PORT}", network.hosts.b.address));
     let words: Vec<&str> = words.iter().map(String::as_str).collect();

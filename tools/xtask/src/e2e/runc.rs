@@ -73,19 +73,15 @@ impl<'a> Ground<'a> {
             Runc::new(memory.path(), "a")?,
             Runc::new(memory.path(), "b")?,
         );
-        let stage = Stage::start_by(Rate::Megabits(1000), 60, 50, |memcached, network| {
-            let program = run::find_program("memcached").context("memcached is not installed")?;
-            let words = memcached.arguments();
-            let words: Vec<&str> = words.iter().map(String::as_str).collect();
-            let hosts = &network.hosts;
+        let start = |network: &Network, program: &Path, words: &[&str]| {
+            let Network { hosts, .. } = network;
             for (host, runc) in [(&hosts.a, &a), (&hosts.b, &b)] {
-                runc.bundle(ID, &program, &words)?;
+                runc.bundle(ID, program, words)?;
                 set_up(&context.crxfer, host)?;
             }
-            let pid = a.start(&hosts.a, ID)?;
-            memcached.fill(&hosts.a)?;
-            Ok(pid)
-        })?;
+            a.start(&hosts.a, ID)
+        };
+        let stage = Stage::start_by(Rate::Megabits(1000), 60, 50, &start)?;
         Ok(Self {
             context,
             a,

@@ -155,11 +155,12 @@ impl<'a> Streams<'a> {
         let mut failed = 0;
         for number in 0..kills {
             let mut capture = self.capture(&receiver, &[])?;
+            let dump = self.dump_into(&capture, End::Kill)?;
             let outcome = thread::scope(|scope| {
-                let dump = scope.spawn(|| self.start_dump(&capture, End::Kill, number));
+                let dumping = scope.spawn(|| dump.run(self.criu, &self.hosts.a));
                 thread::sleep(whole * number / kills);
                 capture.kill();
-                dump.join().expect("CRIU's thread does not panic")
+                dumping.join().expect("CRIU's thread does not panic")
             });
             if outcome.is_ok() {
                 // It was stored, and CRIU had its verdict, before the kill: then it is not here.
@@ -183,7 +184,7 @@ impl<'a> Streams<'a> {
         let mut receiver = self.receive("faithful")?;
         let capture = self.capture(&receiver, &[])?;
         receiver.kill();
-        let dumped = self.start_dump(&capture, End::Kill, 0);
+        let dumped = self.run_dump(&capture, End::Kill);
         ensure!(dumped.is_err(), "CRIU was told to go on");
         let (code, said) = capture.end()?;
         ensure!(code == Some(5), "the capture ended with {code:?}: {said}");
@@ -196,7 +197,7 @@ impl<'a> Streams<'a> {
         self.hosts.shape(Rate::Megabits(10))?;
         let capture = self.capture(&receiver, &["--freeze-limit", "1"])?;
         let begin = Instant::now();
-        let dumped = self.start_dump(&capture, End::Kill, 0);
+        let dumped = self.run_dump(&capture, End::Kill);
         let took = begin.elapsed();
         ensure!(dumped.is_err(), "CRIU was told to go on");
         let (code, said) = capture.end()?;
@@ -219,7 +220,7 @@ impl<'a> Streams<'a> {
         ensure!(dumped.is_err(), "CRIU dumped without the script");
         self.workload.check(&self.hosts.a)?;
         self.hosts.a.wait_for_closed_connections()?;
-        self.start_dump(&capture, End::Kill, 0)?;
+        self.run_dump(&capture, End::Kill)?;
         capture.finished()?;
         self.serve_and_restore(&["--dir", &text(&self.received())?, "--name", "one"])?;
         Ok(String::new())
@@ -244,7 +245,7 @@ impl<'a> Streams<'a> {
     /// A whole dump through a capture; its last line.
     fn dump(&mut self, receiver: &Receiver, end: End) -> Result<Value> {
         let capture = self.capture(receiver, &[])?;
-        self.start_dump(&capture, end, 0)
+        self.run_dump(&capture, end)
             .with_context(|| format!("the capture said:\n{}", capture.said()))?;
         let images: Vec<_> = fs::read_dir(&capture.sockets)?.flatten().collect();
         let seen = images
@@ -266,12 +267,17 @@ impl<'a> Streams<'a> {
         Capture::start(self.context, &self.hosts.a, "capture", sockets, &words)
     }
 
-    fn start_dump(&self, capture: &Capture, end: End, number: u32) -> Result<()> {
-        let work = self.scratch.directory(&format!("dump-{number}"))?;
-        let script = text(&capture.sockets.join("action"))?;
-        let words = ["--stream", "-W", &text(&work)?, "--action-script", &script];
-        self.criu
-            .dump(&self.hosts.a, self.pid, &capture.sockets, end, &words)
+    fn dump_into(&mut self, capture: &Capture, end: End) -> Result<Dump> {
+        Ok(Dump {
+            pid: self.pid,
+            sockets: capture.sockets.clone(),
+            work: self.work()?,
+            end,
+        })
+    }
+
+    fn run_dump(&mut self, capture: &Capture, end: End) -> Result<()> {
+        self.dump_into(capture, end)?.run(self.criu, &self.hosts.a)
     }
 
     /// Restores on B what a `stream serve` with these options gives, and compares it.
@@ -295,6 +301,22 @@ impl<'a> Streams<'a> {
             resolve(options[set + 1].as_ref())?;
         }
         Ok(())
+    }
+}
+
+/// A dump through a capture, held by its script.
+struct Dump {
+    pid: u32,
+    sockets: PathBuf,
+    work: String,
+    end: End,
+}
+
+impl Dump {
+    fn run(&self, criu: &Criu, host: &Host) -> Result<()> {
+        let script = text(&self.sockets.join("action"))?;
+        let words = ["--stream", "-W", &self.work, "--action-script", &script];
+        criu.dump(host, self.pid, &self.sockets, self.end, &words)
     }
 }
 

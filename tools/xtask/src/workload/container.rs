@@ -12,7 +12,7 @@ use crate::hosts::Host;
 use crate::run;
 
 /// What a program that is started as root may want.
-const CAPABILITIES: [&str; 8] = [
+const CAPABILITIES: [&str; 7] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
     "CAP_FOWNER",
@@ -20,7 +20,6 @@ const CAPABILITIES: [&str; 8] = [
     "CAP_SETGID",
     "CAP_SETUID",
     "CAP_NET_BIND_SERVICE",
-    "CAP_SYS_RESOURCE",
 ];
 
 /// Where runc keeps its containers on one host, and where their bundles are.

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -45,46 +46,11 @@ impl Memcached {
     }
 }
 
-impl Memcached {
-    /// What it is started with.
-    pub(crate) fn arguments(&self) -> Vec<String> {
-        let limit = (self.values.bytes() * 2 / (1 << 20) + 64).to_string();
-        let port = Self::PORT.to_string();
-        let (address, udp_port) = match self.serves {
-            true => ("0.0.0.0", port.as_str()),
-            false => ("127.0.0.1", "0"),
-        };
-        let arguments = [
-            "-u",
-            // Asking for limits of another user's process needs a right that containers lack.
-            "root", "-l", address, "-p", &port, "-U", udp_port, "-t", "2", "-m", &limit,
-        ];
-        arguments.map(str::to_owned).to_vec()
-    }
-
-    /// Stores all values in the one that runs on `host`.
-    pub(crate) fn fill(&self, host: &Host) -> Result<()> {
-        let all: Vec<usize> = (0..self.values.len()).collect();
-        host.within(|| {
-            let mut client = Client::connect()?;
-            client.set(&self.values, &all)?;
-            match self.serves {
-                true => client.set_one(poll::KEY, poll::VALUE.as_bytes()),
-                false => Ok(()),
-            }
-        })?;
-        host.wait_for_closed_connections()
-    }
-}
-
 impl Workload for Memcached {
     fn start(&mut self, host: &Host) -> Result<u32> {
-        let program = run::find_program("memcached").context("memcached is not installed")?;
-        let arguments = self.arguments();
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let pid = host.start_workload(&program, &arguments)?;
-        self.fill(host)?;
-        Ok(pid)
+        self.start_by(host, &|program, arguments| {
+            host.start_workload(program, arguments)
+        })
     }
 
     fn write(&mut self, host: &Host) -> Result<()> {
@@ -96,6 +62,40 @@ impl Workload for Memcached {
 
     fn check(&self, host: &Host) -> Result<usize> {
         host.within(|| Client::connect()?.compare(&self.values))
+    }
+}
+
+impl Memcached {
+    /// Starts it on `host` in a way of the caller's, which gives its pid there.
+    pub(crate) fn start_by(
+        &mut self,
+        host: &Host,
+        start: &dyn Fn(&Path, &[&str]) -> Result<u32>,
+    ) -> Result<u32> {
+        let program = run::find_program("memcached").context("memcached is not installed")?;
+        let limit = (self.values.bytes() * 2 / (1 << 20) + 64).to_string();
+        let port = Self::PORT.to_string();
+        let (address, udp_port) = match self.serves {
+            true => ("0.0.0.0", port.as_str()),
+            false => ("127.0.0.1", "0"),
+        };
+        let arguments = [
+            "-u",
+            // Asking for limits of another user's process needs a right that containers lack.
+            "root", "-l", address, "-p", &port, "-U", udp_port, "-t", "2", "-m", &limit,
+        ];
+        let pid = start(&program, &arguments)?;
+        let all: Vec<usize> = (0..self.values.len()).collect();
+        host.within(|| {
+            let mut client = Client::connect()?;
+            client.set(&self.values, &all)?;
+            match self.serves {
+                true => client.set_one(poll::KEY, poll::VALUE.as_bytes()),
+                false => Ok(()),
+            }
+        })?;
+        host.wait_for_closed_connections()?;
+        Ok(pid)
     }
 }
 

@@ -17,6 +17,8 @@ fn about(place: PathBuf, memory: Vec<Holder>, work: &Path) -> DestinationAbout {
         work: Some(work.to_owned()),
         facts: Vec::new(),
         options: crate::wire::RestoreOptions::default(),
+        runtime: None,
+        container: String::new(),
         program: "/nonexistent/criu".into(),
         config_file: None,
         hooks: Vec::new(),
