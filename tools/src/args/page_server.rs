@@ -20,7 +20,6 @@ Examples:
   crxfer page-server --listen 127.0.0.1:27001 --to crxfer1-… --name web-1 &
     criu dump -t 4711 -D images --page-server --address 127.0.0.1 --port 27001
     crxfer send images --to crxfer1-… --name web-1      then adds the images that are no memory
-  crxfer page-server --listen 127.0.0.1:0 --json --once --to @ticket --name web-1
   crxfer page-server --fd 3 --to @ticket --name web-1   CRIU has the other end: --ps-socket";
 
 /// Let CRIU dump memory straight to another host, where only what changed is sent
