@@ -133,7 +133,10 @@ impl Daemon {
 
     /// The last lines of its log.
     pub(crate) fn said(&self) -> String {
-        run::last_lines(&fs::read_to_string(self.root.join("log")).unwrap_or_default(), 12)
+        run::last_lines(
+            &fs::read_to_string(self.root.join("log")).unwrap_or_default(),
+            12,
+        )
     }
 
     /// Its process, as its host numbers it.
@@ -243,7 +246,9 @@ fn script() -> PathBuf {
 /// A file system of `program`, its libraries, and files.
 fn lay_out(tree: &Path, program: &Path, files: &[(&str, &str)]) -> Result<()> {
     let libraries = run::quiet(Command::new("ldd").arg(program))?;
-    let paths = libraries.split_whitespace().filter(|word| word.starts_with('/'));
+    let paths = libraries
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'));
     for path in paths.map(Path::new).chain([program]) {
         let copy = tree.join(path.strip_prefix("/")?);
         fs::create_dir_all(copy.parent().context("a file has a directory")?)?;
@@ -259,7 +264,10 @@ fn lay_out(tree: &Path, program: &Path, files: &[(&str, &str)]) -> Result<()> {
 
 /// Removes the cgroups that a container's runtime left behind; says whether none is left.
 fn remove_cgroups(id: &str) -> bool {
-    let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+    let hierarchies = fs::read_dir("/sys/fs/cgroup")
+        .into_iter()
+        .flatten()
+        .flatten();
     let places = hierarchies.map(|entry| entry.path().join("docker").join(id));
     let mut roots: Vec<PathBuf> = places.collect();
     roots.push(Path::new("/sys/fs/cgroup/docker").join(id));

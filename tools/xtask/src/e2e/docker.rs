@@ -173,10 +173,10 @@ fn memcached(context: &Context) -> Result<String> {
     ground.network().withdraw(ground.host(Side::A))?;
     ground.ensure_daemons(Side::B)?;
     ground.ensure_tidy()?;
-    let names = ground
-        .daemons
-        .a
-        .docker(ground.host(Side::A), &["ps", "-a", "--format", "{{.Names}}"])?;
+    let names = ground.daemons.a.docker(
+        ground.host(Side::A),
+        &["ps", "-a", "--format", "{{.Names}}"],
+    )?;
     ensure!(
         names.starts_with(&format!("{NAME}-moved-")),
         "the container on A is named {names}"
@@ -213,10 +213,7 @@ fn counter(context: &Context) -> Result<String> {
     network.withdraw(a)?;
     let count = client.count(100)?;
     ensure!(daemons.a.running(a)?.is_empty(), "it still runs on A");
-    ensure!(
-        daemons.b.running(b)? == ["counter"],
-        "it does not run on B"
-    );
+    ensure!(daemons.b.running(b)? == ["counter"], "it does not run on B");
     Ok(format!("counted to {count} over one connection"))
 }
 
@@ -307,7 +304,10 @@ fn struck(context: &Context, fault: Fault) -> Result<String> {
     });
     if let Err(error) = at {
         let ended = migrating.wait();
-        bail!("{error:#}: {ended:?}; crxfer recv said:\n{}", receiver.said());
+        bail!(
+            "{error:#}: {ended:?}; crxfer recv said:\n{}",
+            receiver.said()
+        );
     }
     strike(&ground, fault, &mut migrating, &mut receiver)?;
     let ended = migrating.wait()?;
@@ -393,7 +393,8 @@ fn settle(ground: &Ground<'_>, mut receiver: Receiver) -> Result<(Side, String)>
         let sides: Vec<Side> = sides.collect();
         (quiet && sides.len() == 1).then(|| sides[0])
     });
-    let side = place.with_context(|| format!("{}\nrecv: {}", run::last_lines(&log, 20), receiver.said()))?;
+    let side = place
+        .with_context(|| format!("{}\nrecv: {}", run::last_lines(&log, 20), receiver.said()))?;
     if side == Side::B {
         ground.network().withdraw(ground.host(Side::A))?;
     }
@@ -403,7 +404,14 @@ fn settle(ground: &Ground<'_>, mut receiver: Receiver) -> Result<(Side, String)>
 /// What `crxfer recover` finds there.
 fn recover(ground: &Ground<'_>, side: Side) -> Result<String> {
     let mut command = ground.context.crxfer.command(Place::On(ground.host(side)));
-    command.args(["recover", "--json", "--wait", "3", "--state", &ground.directory("state")]);
+    command.args([
+        "recover",
+        "--json",
+        "--wait",
+        "3",
+        "--state",
+        &ground.directory("state"),
+    ]);
     command.args(["--dir", &ground.directory("received")]);
     let output = command.output()?;
     Ok(run::said(&output))
