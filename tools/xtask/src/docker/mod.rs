@@ -106,7 +106,8 @@ impl Daemon {
             mkdir "$0/etc" "$0/etc-work" "$0/tmp"
             mount -t overlay -o "lowerdir=/etc,upperdir=$0/etc,workdir=$0/etc-work" etc /etc
             mount -t tmpfs -o mode=755 run /run
-            mkdir /etc/criu"#;
+            mkdir -p /etc/criu
+            mount -t tmpfs -o mode=755 criu /etc/criu"#;
         run::quiet(host.command("sh").args(["-c", script]).arg(&root))?;
         Ok(Self { root })
     }
