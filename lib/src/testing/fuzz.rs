@@ -88,7 +88,7 @@ fn played(role: Role, step: usize, mut stream: &[u8]) -> (Vec<String>, Option<St
                 }
             }
             RequestsWant::Answer => {
-                let exists = stream[0] % 2 == 0;
+                let exists = stream[0].is_multiple_of(2);
                 assert_eq!(requests.answer(exists).len(), 6);
             }
             RequestsWant::Pipe => {
