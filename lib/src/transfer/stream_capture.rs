@@ -6,20 +6,19 @@
 //!     ◀──── go, or refuse ────────────────────────── Published, or an error
 //! ```
 
+use std::fs::File;
 use std::future::Future;
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags};
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use tokio::task::spawn_blocking;
 
 use super::TransferError;
 use super::send::{SendOptions, SendReport, send};
 use crate::criu::streamer::{Capture, CaptureOptions, Captured, StreamerError};
+use crate::preflight;
 use crate::session::SessionError;
+use crate::sink::{Memory, Sink as _, SinkError};
 use crate::wire::FailureCode;
 
 /// What to take, and where it goes.
@@ -73,9 +72,9 @@ pub enum StreamError {
     /// CRIU's side. The tree runs on.
     #[error(transparent)]
     Streamer(#[from] StreamerError),
-    /// There is no memory file system to keep the images in.
-    #[error("cannot make a private memory file system ({0}); it takes root, or CAP_SYS_ADMIN")]
-    Memory(io::Error),
+    /// There is no memory to keep the images in.
+    #[error(transparent)]
+    Memory(#[from] SinkError),
     /// The transfer. A tree that was held runs on.
     #[error("{error}{}", fate(*.held))]
     Transfer {
@@ -111,9 +110,16 @@ pub async fn stream_capture(
     mut options: StreamOptions,
     moment: impl Fn(StreamMoment),
 ) -> Result<StreamReport, StreamError> {
-    let images = private_memory(options.memory).map_err(StreamError::Memory)?;
-    let writable = images.try_clone().map_err(StreamError::Memory)?;
-    let (capture, _stopper) = Capture::listen(&options.directory, writable, options.capture)?;
+    let most = options
+        .memory
+        .unwrap_or_else(|| preflight::memory_available() / 2);
+    let memory = Memory::create(most)?;
+    let writable = File::open(memory.path()).map_err(|source| SinkError::Kernel {
+        call: "open",
+        source,
+    })?;
+    let (capture, _stopper) =
+        Capture::listen(&options.directory, writable.into(), options.capture)?;
     moment(StreamMoment::Listening);
     let taking = spawn_blocking(move || capture.take());
     let Captured {
@@ -128,7 +134,7 @@ pub async fn stream_capture(
         held,
     });
 
-    options.send.directory = format!("/proc/self/fd/{}", images.as_raw_fd()).into();
+    options.send.directory = memory.path().to_owned();
     options.send.memo = None;
     let sent = within(
         options.freeze_limit.filter(|_| held),
@@ -194,22 +200,4 @@ async fn send_twice(options: SendOptions) -> Result<SendReport, TransferError> {
         }
         other => other,
     }
-}
-
-/// A directory in memory that is in nobody's mount table, and gone with its last descriptor.
-fn private_memory(bytes: Option<u64>) -> io::Result<OwnedFd> {
-    let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    rustix::mount::fsconfig_set_string(&context, "mode", "0700")?;
-    if let Some(bytes) = bytes {
-        rustix::mount::fsconfig_set_string(&context, "size", bytes.to_string())?;
-    }
-    // Linux 6.4 and later: what a process has in memory should not get to a disk by this either.
-    let _ = rustix::mount::fsconfig_set_flag(&context, "noswap");
-    rustix::mount::fsconfig_create(&context)?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NODEV
-        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let mount = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat(&mount, ".", flags, Mode::empty())?)
 }
