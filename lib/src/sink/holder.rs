@@ -20,10 +20,10 @@ pub struct Holder {
     pub pid_namespace: String,
 }
 
-/// Processes of another pid namespace cannot be found from here.
+/// Processes of another pid namespace, or that this one may not look at, cannot be searched from here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "it is in memory that processes of another pid namespace hold: look from there, for example by nsenter"
+    "it is in memory that processes hold which cannot be looked into from here: look from their pid namespace, for example by nsenter, as root with CAP_SYS_PTRACE"
 )]
 pub struct Unseen;
 
@@ -50,16 +50,37 @@ impl Holder {
     /// The first of `holders` that still has `name` in its directory, as a path; `None` where none has.
     pub fn find(holders: &[Self], name: &Path) -> Result<Option<PathBuf>, Unseen> {
         let here = pid_namespace().unwrap_or_default();
-        let there = |holder: &Self| {
-            let path = holder.path().join(name);
-            (holder.process.is_there() && path.is_dir()).then_some(path)
-        };
-        let (seen, unseen): (Vec<_>, Vec<_>) = holders
-            .iter()
-            .partition(|holder| holder.pid_namespace == here);
-        match seen.into_iter().find_map(there) {
-            None if !unseen.is_empty() => Err(Unseen),
-            found => Ok(found),
+        let mut outcome = Ok(None);
+        for holder in holders {
+            match holder.look(&here, name) {
+                Ok(None) => {}
+                Ok(found) => return Ok(found),
+                Err(unseen) => outcome = Err(unseen),
+            }
+        }
+        outcome
+    }
+
+    fn look(&self, namespace: &str, name: &Path) -> Result<Option<PathBuf>, Unseen> {
+        if self.pid_namespace != namespace {
+            return Err(Unseen);
+        }
+        if !self.process.is_there() {
+            return Ok(None);
+        }
+        let path = self.path().join(name);
+        match fs::metadata(&path) {
+            Ok(about) => Ok(about.is_dir().then_some(path)),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                Ok(None)
+            }
+            // Not allowed to look: that is not gone.
+            Err(_) => Err(Unseen),
         }
     }
 }

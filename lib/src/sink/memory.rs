@@ -60,9 +60,8 @@ fn attempt(bytes: u64, noswap: bool) -> Result<OwnedFd, SinkError> {
         fsconfig_set_flag(context.as_fd(), "noswap").map_err(failed("fsconfig"))?;
     }
     fsconfig_create(context.as_fd()).map_err(failed("fsconfig"))?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV
-        | MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    // Not noexec: the action script of somebody else's CRIU may be in it.
+    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("fsmount"))
 }
 

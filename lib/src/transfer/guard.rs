@@ -204,17 +204,23 @@ async fn look_after<S: Guarded>(
         if S::stand_in(&mut place, state, parent).await {
             quiet = 0;
         }
-        let mut listed = Journal::<S>::list(state).unwrap_or_else(|error| {
+        let listed = Journal::<S>::list(state);
+        if let Ok(listed) = &listed {
+            held.retain(|id, _| listed.contains(id) && S::needs_images(state, *id));
+        }
+        let mut listed = listed.unwrap_or_else(|error| {
             say(&error.to_string());
-            quiet = 0;
             Vec::new()
         });
+        // Nobody else has them, and what cannot be read now may be later.
+        if !held.is_empty() {
+            quiet = 0;
+        }
         // A tree that stands still comes before anybody's tidiness, which may wait for another host.
         listed.sort_by_cached_key(|id| {
             let journal = Journal::<S>::open(state, *id).ok().flatten();
             !journal.is_some_and(|journal| journal.read().is_ok_and(|it| S::is_urgent(it.state())))
         });
-        held.retain(|id, _| listed.contains(id) && S::needs_images(state, *id));
         for id in listed {
             if settled.contains(&id) {
                 continue;
@@ -275,7 +281,10 @@ async fn look_after<S: Guarded>(
     if let Some(place) = place {
         place.leave().await;
     }
-    stand_in::forget(state, parent);
+    // One that was replaced has a parent that lives, whose word stands.
+    if StandIn::is_wanted(state, parent) {
+        stand_in::forget(state, parent);
+    }
     Ok(())
 }
 

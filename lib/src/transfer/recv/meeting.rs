@@ -158,7 +158,7 @@ async fn answer(
                 let answer = finish(&shared.state, peer, id, verdict, |name, pid, address| {
                     shared.events.emit(Event::Restored { name, pid, address });
                 });
-                shared.memories.tidy(&shared.state);
+                shared.memories.tidy(&shared.state, id);
                 answer
             });
             finishing.await.unwrap_or(Answer::Busy)

@@ -93,9 +93,14 @@ impl Memories {
             let needed = memory_bytes;
             return Err(StoreError::from(SinkError::TooLarge { needed, available }).into());
         }
-        // A page may be there twice until the iteration that replaces it is complete.
+        if self.all().contains_key(&id) {
+            let reason = "a migration with this id is under way";
+            return Err(super::restore::refused(FailureCode::Refused, reason));
+        }
+        // A page may be there twice until the iteration that replaces it is complete. Whatever the
+        // source says, this host must not run out of memory.
         let bytes = memory_bytes.saturating_mul(2).saturating_add(SLACK);
-        let memory = Memory::create(self.limit.map_or(bytes, |limit| limit.min(bytes)));
+        let memory = Memory::create(bytes.min(available));
         let memory = memory.map_err(StoreError::from)?;
         if memory.may_be_swapped() {
             tracing::info!("this kernel may swap the images of {id}: tmpfs has no `noswap`");
@@ -123,23 +128,20 @@ impl Memories {
         }
     }
 
-    /// Lets go of those that are over, other than by their own driver.
-    pub(super) fn tidy(&self, state: &Path) {
-        let ids: Vec<_> = self.all().keys().copied().collect();
-        for id in ids {
-            let journal = Journal::<DestinationState>::open(state, id).ok().flatten();
-            let history = journal.map(|journal| journal.read().map(|history| history.state()));
-            let is_over = match history {
-                None => true,
-                Some(Ok(state)) => matches!(
-                    state,
+    /// Lets go of that one if it is over, other than by its own driver.
+    pub(super) fn tidy(&self, state: &Path, id: MigrationId) {
+        let is_over = match Journal::<DestinationState>::open(state, id) {
+            Ok(Some(journal)) => journal.read().is_ok_and(|history| {
+                matches!(
+                    history.state(),
                     DestinationState::Running | DestinationState::Removed | DestinationState::Over
-                ),
-                Some(Err(_)) => false,
-            };
-            if is_over {
-                self.release(id);
-            }
+                )
+            }),
+            Ok(None) => true,
+            Err(_) => false,
+        };
+        if is_over {
+            self.release(id);
         }
     }
 

@@ -32,7 +32,7 @@ use crate::runtime::RestoreCommand;
 use crate::session::SessionError;
 use crate::session::migration::{MigrationDestination, MigrationDestinationCommand as Command};
 use crate::sink::Holder;
-use crate::standby::Standby;
+use crate::standby::{self, Standby};
 use crate::store::Tried as _;
 use crate::transfer::clock::{Clock, nanos};
 use crate::transfer::finish::Alive;
@@ -486,8 +486,9 @@ impl<'a> Driver<'a> {
             let started = receive(self.connection.clone(), standby, told);
             self.receiving = Some(started.tried("start a thread for", &self.place.path)?);
             let (program, wanted) = (self.host.program.clone(), self.wanted.clone());
+            let images = self.place.path.join(standby::FINAL);
             self.worker = Some(spawn_blocking(move || match wanted {
-                Some(wanted) => restore::prepare_command(&wanted),
+                Some(wanted) => restore::prepare_command(&wanted, &images),
                 None => restore::prepare(&program),
             }));
         }

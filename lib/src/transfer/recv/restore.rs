@@ -74,7 +74,7 @@ pub(in crate::transfer) struct Wanted {
     pub(in crate::transfer) container: String,
     /// What the source asks CRIU for.
     pub(in crate::transfer) options: wire::RestoreOptions,
-    /// Directory of the migration.
+    /// Where its script and socket are, and its log below.
     pub(in crate::transfer) place: PathBuf,
 }
 
@@ -165,12 +165,15 @@ pub(in crate::transfer) fn remove_from_runtime(wanted: &Wanted) -> Result<(), St
 }
 
 /// Starts the shell of a command, which waits.
-pub(in crate::transfer) fn prepare_command(wanted: &Wanted) -> Result<Builder, CriuError> {
+pub(in crate::transfer) fn prepare_command(
+    wanted: &Wanted,
+    images: &Path,
+) -> Result<Builder, CriuError> {
     let external = command::External::start(
         Operation::Restore,
         &wanted.runtime.command,
         &wanted.place,
-        &wanted.place.join(standby::FINAL),
+        images,
         wanted.variables(),
         &wanted.runtime.action,
     )?;
