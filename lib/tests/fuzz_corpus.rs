@@ -42,5 +42,5 @@ macro_rules! targets {
 
 targets! {
     image_framing pagemap inventory wire_message page_frame ticket store_index session preflight page_stream
-    stream_note standby journal
+    stream_note standby journal streamer
 }

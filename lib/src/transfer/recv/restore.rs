@@ -12,7 +12,6 @@ use crate::criu::{
 };
 use crate::runtime::RestoreCommand;
 use crate::session::SessionError;
-use crate::standby;
 use crate::transfer::TransferError;
 use crate::transfer::clock::Clock;
 use crate::transfer::external::action::{self, POINTER, SOCKET_NAME};
