@@ -230,6 +230,11 @@ impl Daemon {
         run::quiet(command.arg(tree).args([DOCKER, name])).map(drop)
     }
 
+    /// Whether it knows any container.
+    pub(crate) fn has_containers(&self) -> bool {
+        !self.container_ids().is_empty()
+    }
+
     fn container_ids(&self) -> Vec<String> {
         let entries = fs::read_dir(self.root.join("data/containers"));
         let entries = entries.into_iter().flatten().flatten();
