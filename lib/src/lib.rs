@@ -26,7 +26,8 @@
 //! - [`store`]: the receiving directory: published sets, their generations, what builds on what.
 //! - [`live`]: the memory of a running process tree, read from outside without stopping it.
 //! - [`precopy`]: when to freeze it. No I/O and no clock.
-//! - [`criu`]: CRIU driven by RPC, and the protocol in which it sends memory.
+//! - [`criu`]: CRIU driven by RPC, and the protocols in which it sends memory and whole images.
+//! - [`archive`]: checkpoints of containers in one file, as podman exports them.
 //! - [`standby`]: the destination's copy in the making.
 //! - [`preflight`], [`hooks`]: what is checked before; an operator's commands at named moments.
 //! - `transport` and `transfer` (feature `net`, on by default): QUIC, and the drivers that join all this:
@@ -46,6 +47,7 @@
 //!
 #![cfg_attr(feature = "net", doc = "```no_run")]
 #![cfg_attr(not(feature = "net"), doc = "```ignore")]
+//! use crxfer::sink::SinkKind;
 //! use crxfer::transfer::{Event, Events, ReceiveOptions, Receiver, SendOptions, Target, send};
 //! use crxfer::transport::{Identity, Options};
 //! use crxfer::wire::Layout;
@@ -64,6 +66,8 @@
 //!         identity: None,
 //!         peers: Vec::new(),
 //!         transport: Options::default(),
+//!         sink: SinkKind::Disk,
+//!         sink_bytes: None,
 //!         events: Events::new(|event| {
 //!             if let Event::Received(set) = event {
 //!                 println!("{} is {}", set.path.display(), set.completeness);
@@ -93,6 +97,7 @@
 //! }
 //! ```
 
+pub mod archive;
 pub mod criu;
 pub mod delta;
 pub mod digest;
@@ -106,6 +111,7 @@ pub mod precopy;
 pub mod preflight;
 pub mod runtime;
 pub mod session;
+pub mod sink;
 pub mod standby;
 pub mod store;
 mod sys;

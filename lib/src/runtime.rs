@@ -69,6 +69,7 @@ impl RestoreCommand {
 }
 
 /// What was asked for in CRIU's own words, as command lines of runtimes have them, too.
+#[cfg(feature = "net")]
 pub(crate) fn words(options: &crate::wire::RestoreOptions) -> String {
     let flags = [
         (options.tcp_established, "--tcp-established"),

@@ -20,6 +20,15 @@ pub mod criu {
         )]
         include!("generated/criu.rpc.rs");
     }
+
+    /// Messages on the sockets of an image streamer.
+    pub mod streamer {
+        #![allow(
+            missing_docs,
+            reason = "generated; the .proto file documents the fields"
+        )]
+        include!("generated/criu.streamer.rs");
+    }
 }
 
 /// Session and store messages, version 1.

@@ -1,8 +1,11 @@
 //! The command line: what may be written, and what `--help` teaches.
 
+mod archive;
 mod container;
 mod migrate;
+mod page_server;
 mod recover;
+mod stream;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,15 +14,19 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use crxfer::delta::SetName;
 use crxfer::identity::Fingerprint;
 use crxfer::page::PageSize;
+use crxfer::sink::SinkKind;
 use crxfer::transport::{CongestionControl, Options};
 use crxfer::wire::Layout;
 
 use crate::exit;
 use crate::size::{Bytes, Rate};
 
+pub(crate) use self::archive::{ArchiveArgs, ArchiveCommand};
 pub(crate) use self::container::{ContainerArgs, RuncSetupArgs, RuntimeArgs};
-pub(crate) use self::migrate::{MigrateArgs, RestoreArgs};
+pub(crate) use self::migrate::{MigrateArgs, ModeArg, RestoreArgs};
+pub(crate) use self::page_server::{FeedArgs, PageServerArgs};
 pub(crate) use self::recover::{GuardArgs, PlaceArgs, RecoverArgs, StatusArgs};
+pub(crate) use self::stream::{CaptureArgs, ServeArgs, StreamArgs, StreamCommand, VoteArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -54,6 +61,10 @@ pub(crate) enum Command {
     Recover(Box<RecoverArgs>),
     Status(StatusArgs),
     Send(SendArgs),
+    PageServer(PageServerArgs),
+    Feed(FeedArgs),
+    Stream(StreamArgs),
+    Archive(ArchiveArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),
@@ -103,6 +114,19 @@ pub(crate) struct RecvArgs {
     /// How sets are laid out
     #[arg(long, value_enum, default_value_t = LayoutArg::Faithful)]
     pub(crate) layout: LayoutArg,
+
+    /// Where sets and the images of live migrations are kept
+    ///
+    /// With `memory` nothing of them is in DIR, nor in any file system that can be seen: they are gone
+    /// when this command ends, whatever ends it. Until then `crxfer list`, `inspect` and `verify` find
+    /// them by DIR as ever, and CRIU by the path that is printed.
+    #[arg(long, value_enum, default_value_t = SinkArg::Disk)]
+    pub(crate) sink: SinkArg,
+
+    /// Most bytes that `--sink memory` may take (K, M, G: powers of 1024) [default: half of the memory
+    /// that is available; for a live migration what its memory needs]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) sink_size: Option<Bytes>,
 
     /// Refuse sets with more bytes than this (K, M, G, T: powers of 1024)
     #[arg(long, value_name = "SIZE")]
@@ -396,6 +420,27 @@ pub(crate) struct ManArgs {
     /// Directory to write to
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) dir: Option<PathBuf>,
+}
+
+/// `--sink`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum SinkArg {
+    /// In DIR, synced before it is acknowledged
+    Disk,
+    /// In DIR, which must be on a tmpfs
+    Tmpfs,
+    /// In memory of this process only
+    Memory,
+}
+
+impl From<SinkArg> for SinkKind {
+    fn from(sink: SinkArg) -> Self {
+        match sink {
+            SinkArg::Disk => Self::Disk,
+            SinkArg::Tmpfs => Self::Tmpfs,
+            SinkArg::Memory => Self::Memory,
+        }
+    }
 }
 
 /// `--layout`.

@@ -4,13 +4,17 @@ use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crxfer::archive::ArchiveError;
+use crxfer::criu::endpoint::EndpointError;
+use crxfer::criu::page_feed::FeedError;
+use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::preflight::Outcome;
 use crxfer::store::StoreError;
-use crxfer::transfer::TransferError;
 use crxfer::transfer::finish::FinishError;
 use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
+use crxfer::transfer::{StreamError, TransferError};
 use crxfer::transport::IdentityError;
 
 use crate::exit::Exit;
@@ -28,6 +32,10 @@ pub(crate) enum Failed {
     Store(StoreError),
     /// A key file.
     Identity(IdentityError),
+    /// A container's archive.
+    Archive(Box<ArchiveError>),
+    /// CRIU's image streams.
+    Stream(Box<StreamError>),
     /// A file of the command's own.
     File {
         what: &'static str,
@@ -42,6 +50,12 @@ pub(crate) enum Failed {
     Unsound(String),
     /// Results could not be printed.
     Output(io::Error),
+    /// A page server for CRIU's clients.
+    Endpoint(EndpointError),
+    /// A dump of somebody's CRIU was refused for this reason.
+    Refused(TransferError),
+    /// A `criu page-server` does not take pages.
+    Feed(FeedError),
     /// Records of migrations.
     Journal(JournalError),
     /// A migration could not be ended.
@@ -68,12 +82,17 @@ impl Failed {
             Self::Transfer(error) => error.into(),
             Self::Migrate(failure) => failure.as_ref().into(),
             Self::Image(error) => error.into(),
+            Self::Archive(error) => error.as_ref().into(),
+            Self::Stream(error) => error.as_ref().into(),
             Self::Store(error) => error.into(),
             Self::Identity(error) => error.into(),
             Self::File { .. } | Self::Output(_) => Exit::Storage,
             Self::Unresolved(_) => Exit::Connection,
             Self::Usage(_) => Exit::Usage,
             Self::Unsound(_) => Exit::Set,
+            Self::Endpoint(error) => error.into(),
+            Self::Refused(error) => error.into(),
+            Self::Feed(error) => error.into(),
             Self::Journal(error) => error.into(),
             Self::Finish(error) => error.as_ref().into(),
             Self::Doubt(_) => Exit::InDoubt,
@@ -88,11 +107,19 @@ impl Failed {
             Self::Transfer(error) => with_causes(error),
             Self::Migrate(failure) => migration(failure),
             Self::Image(error) => with_causes(error),
+            Self::Archive(error) => with_causes(error.as_ref()),
+            Self::Stream(error) => with_causes(error.as_ref()),
             Self::Identity(error) => with_causes(error),
             Self::File { what, path, source } => {
                 format!("cannot {what} {}: {source}", path.display())
             }
             Self::Usage(text) | Self::Unresolved(text) | Self::Unsound(text) => text.clone(),
+            Self::Endpoint(error) => with_causes(error),
+            Self::Refused(error) => format!(
+                "CRIU was refused, the application runs on: {}",
+                with_causes(error)
+            ),
+            Self::Feed(error) => with_causes(error),
             Self::Journal(error) => with_causes(error),
             Self::Finish(error) => with_causes(error.as_ref()),
             Self::Doubt(left) => format!("still unfinished:\n  {left}"),
@@ -165,6 +192,24 @@ impl From<StoreError> for Failed {
 impl From<IdentityError> for Failed {
     fn from(error: IdentityError) -> Self {
         Self::Identity(error)
+    }
+}
+
+impl From<ArchiveError> for Failed {
+    fn from(error: ArchiveError) -> Self {
+        Self::Archive(Box::new(error))
+    }
+}
+
+impl From<StreamError> for Failed {
+    fn from(error: StreamError) -> Self {
+        Self::Stream(Box::new(error))
+    }
+}
+
+impl From<StreamerError> for Failed {
+    fn from(error: StreamerError) -> Self {
+        Self::Stream(Box::new(error.into()))
     }
 }
 

@@ -3,6 +3,11 @@
 use std::fmt::Write as _;
 use std::io;
 
+use crxfer::archive::ArchiveError;
+use crxfer::criu::endpoint::{EndpointError, SessionError as DumpError};
+use crxfer::criu::page_client::ServeError;
+use crxfer::criu::page_feed::FeedError;
+use crxfer::criu::streamer::StreamerError;
 use crxfer::handover::JournalError;
 use crxfer::image::ImageError;
 use crxfer::live::LiveError;
@@ -10,9 +15,9 @@ use crxfer::preflight::PreflightError;
 use crxfer::session::SessionError;
 use crxfer::session::migration::Owner;
 use crxfer::store::StoreError;
-use crxfer::transfer::TransferError;
 use crxfer::transfer::finish::FinishError;
 use crxfer::transfer::migrate::{MigrateError, MigrateFailure};
+use crxfer::transfer::{StreamError, TransferError};
 use crxfer::transport::{
     AttemptError, BindError, CloseCode, ConnectError, IdentityError, TransportError,
 };
@@ -81,11 +86,11 @@ impl Exit {
         ),
         (
             Self::GivenUp,
-            "migrate: given up by --deadline, --on-slow or --max-iterations; the workload runs on here",
+            "migrate: given up by --deadline, --on-slow or --max-iterations; stream: refused; the workload runs on here",
         ),
         (
             Self::Criu,
-            "migrate: CRIU failed, here or there; the workload runs on here",
+            "CRIU failed, here or there (migrate, stream, page-server: the workload runs on here)",
         ),
         (
             Self::InDoubt,
@@ -97,7 +102,7 @@ impl Exit {
         ),
         (
             Self::FreezeLimit,
-            "migrate: frozen for --freeze-limit; the workload runs on here",
+            "migrate, stream, page-server: frozen for --freeze-limit; the workload runs on here",
         ),
         (Self::Stopped, "stopped by Ctrl-C or SIGTERM"),
     ];
@@ -149,7 +154,7 @@ impl From<&MigrateFailure> for Exit {
                 Self::Storage
             }
             MigrateError::Journal(error) => error.into(),
-            MigrateError::Fence(_) => Self::Storage,
+            MigrateError::Fence(_) | MigrateError::Sink(_) => Self::Storage,
             MigrateError::Preflight(_) => Self::Preflight,
             MigrateError::Live(LiveError::RootGone { .. }) => Self::Content,
             MigrateError::Live(_) => Self::Storage,
@@ -159,6 +164,92 @@ impl From<&MigrateFailure> for Exit {
             MigrateError::Hook(_) => Self::Hook,
             MigrateError::GivenUp(_) => Self::GivenUp,
             MigrateError::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl From<&ArchiveError> for Exit {
+    fn from(error: &ArchiveError) -> Self {
+        match error {
+            ArchiveError::Io { .. } => Self::Storage,
+            ArchiveError::Image(error) => error.into(),
+            ArchiveError::Exists(_) => Self::Usage,
+            ArchiveError::TooLarge { .. } => Self::Limit,
+            ArchiveError::Damaged { .. }
+            | ArchiveError::Refused { .. }
+            | ArchiveError::NoImages(_)
+            | ArchiveError::NoRest(_) => Self::Set,
+        }
+    }
+}
+
+impl From<&StreamError> for Exit {
+    fn from(error: &StreamError) -> Self {
+        match error {
+            StreamError::Streamer(error) => error.into(),
+            StreamError::Transfer { error, .. } => error.into(),
+            StreamError::Memory(_) => Self::Storage,
+            StreamError::Late(_) => Self::FreezeLimit,
+            StreamError::Unheard => Self::Criu,
+        }
+    }
+}
+
+impl From<&StreamerError> for Exit {
+    fn from(error: &StreamerError) -> Self {
+        match error {
+            StreamerError::Image(error) => error.into(),
+            StreamerError::Incomplete { .. } => Self::Set,
+            StreamerError::Public(_) | StreamerError::LongPath(_) => Self::Usage,
+            StreamerError::Io { .. } | StreamerError::Busy(_) | StreamerError::Full { .. } => {
+                Self::Storage
+            }
+            StreamerError::Stopped => Self::Stopped,
+            StreamerError::NoCapture(_) | StreamerError::NoVerdict | StreamerError::Refused(_) => {
+                Self::GivenUp
+            }
+            _ => Self::Criu,
+        }
+    }
+}
+
+impl From<&EndpointError> for Exit {
+    fn from(error: &EndpointError) -> Self {
+        match error {
+            EndpointError::Io { .. } => Self::Storage,
+            EndpointError::NoStream => Self::Usage,
+            EndpointError::Stuck(_) => Self::FreezeLimit,
+            EndpointError::Session(error) => error.into(),
+        }
+    }
+}
+
+impl From<&DumpError> for Exit {
+    fn from(error: &DumpError) -> Self {
+        match error {
+            // What a sink says, the command looks into itself.
+            DumpError::Serve(ServeError::Sink(_)) | DumpError::Refused(_) => Self::Destination,
+            DumpError::Serve(ServeError::Stream(_) | ServeError::Io { .. })
+            | DumpError::Silent(_)
+            | DumpError::Behind => Self::Criu,
+            DumpError::Slow(_) | DumpError::NoTurn(_) => Self::FreezeLimit,
+            DumpError::TooMany => Self::Connection,
+            DumpError::Stopped => Self::Stopped,
+            DumpError::Panicked => Self::Fault,
+        }
+    }
+}
+
+impl From<&FeedError> for Exit {
+    fn from(error: &FeedError) -> Self {
+        match error {
+            FeedError::Image(error) => error.into(),
+            FeedError::Io { .. } => Self::Connection,
+            FeedError::Nothing => Self::Set,
+            FeedError::Ended { .. }
+            | FeedError::Silent { .. }
+            | FeedError::NoServer(_)
+            | FeedError::Refused(_) => Self::Criu,
         }
     }
 }
@@ -196,11 +287,13 @@ impl From<&StoreError> for Exit {
             StoreError::Io { source, .. } if source.kind() == io::ErrorKind::InvalidData => {
                 Self::Set
             }
-            StoreError::Io { .. } | StoreError::Busy(_) => Self::Storage,
+            StoreError::Io { .. } | StoreError::Busy(_) | StoreError::Overtaken(_) => Self::Storage,
             StoreError::Foreign(_) | StoreError::NotYours(_) => Self::Storage,
-            StoreError::NotAStore(_) | StoreError::NoSuchSet(_) | StoreError::Damaged { .. } => {
-                Self::Set
-            }
+            StoreError::Sink(_) | StoreError::Unseen { .. } => Self::Storage,
+            StoreError::NotAStore(_)
+            | StoreError::Gone(_)
+            | StoreError::NoSuchSet(_)
+            | StoreError::Damaged { .. } => Self::Set,
         }
     }
 }

@@ -66,7 +66,7 @@ fn open_following(
 ) -> Result<Chain, Failed> {
     let parent_links = ParentLinks::Any;
     Ok(Chain::open_with(
-        path,
+        &crxfer::store::locate(path)?,
         ChainOptions {
             page_size,
             parent_links,

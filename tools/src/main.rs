@@ -3,15 +3,18 @@
 //! Nothing here decides about a transfer; what it does stands in the crate `crxfer`.
 
 mod action;
+mod archive;
 mod args;
 mod container;
 mod error;
 mod exit;
+mod feed;
 mod generate;
 mod inspect;
 mod key;
 mod migrate;
 mod output;
+mod page_server;
 mod pids;
 mod progress;
 mod recover;
@@ -20,6 +23,7 @@ mod send;
 mod sets;
 mod size;
 mod stop;
+mod stream;
 mod summary;
 mod target;
 mod verify;
@@ -71,6 +75,10 @@ fn run(command: Command) -> Result<(), Failed> {
         Command::Guard(args) => recover::guard(&args),
         Command::Action => unreachable!("done before"),
         Command::Send(args) => block_on(send::run(args), LAST_READ),
+        Command::PageServer(args) => block_on(page_server::run(args), LAST_READ),
+        Command::Feed(args) => feed::run(&args),
+        Command::Stream(args) => block_on(stream::run(args), LAST_READ),
+        Command::Archive(args) => archive::run(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => inspect::diff(&args),

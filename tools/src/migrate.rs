@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 
+use crxfer::sink::Tmpfs;
 use crxfer::transfer::Target;
 use crxfer::transfer::guard::GuardProgram;
 use crxfer::transfer::migrate::{
@@ -20,7 +21,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use self::progress::Progress;
-use crate::args::MigrateArgs;
+use crate::args::{MigrateArgs, ModeArg};
 use crate::container::Dumped;
 use crate::error::Failed;
 use crate::output::{self, hint};
@@ -118,7 +119,11 @@ fn options(
         dry_run: args.dry_run,
         bytes_per_s: args.link.bwlimit.map(|rate| rate.0),
         read_bytes_per_s: Some(args.link.read_limit.0),
-        work: args.work.clone().unwrap_or_else(work_directory),
+        mode: args.mode.into(),
+        work: args
+            .work
+            .clone()
+            .unwrap_or_else(|| work_directory(args.mode)),
         state: args.safety.state.clone().unwrap_or_else(key::records),
         guard: own_guard(),
         on_partition: args.safety.on_partition.into(),
@@ -129,9 +134,14 @@ fn options(
     })
 }
 
-/// `/run/crxfer`, or the temp directory: in both the library makes a directory of its own.
-fn work_directory() -> PathBuf {
-    key::run_directory().unwrap_or_else(std::env::temp_dir)
+/// `/run/crxfer`, or the temp directory: in both the library makes a directory of its own. Where it must
+/// be a tmpfs and /run is none, one that is.
+fn work_directory(mode: ModeArg) -> PathBuf {
+    let usual = key::run_directory().unwrap_or_else(std::env::temp_dir);
+    match mode {
+        ModeArg::Tmpfs if Tmpfs::open(&usual).is_err() => "/dev/shm/crxfer".into(),
+        _ => usual,
+    }
 }
 
 /// This program, again.

@@ -33,6 +33,8 @@ pub(crate) async fn run(args: RecvArgs) -> Result<(), Failed> {
         peers: args.peer.clone(),
         transport: args.transport.to_options(),
         events: events(args.json),
+        sink: args.sink.into(),
+        sink_bytes: args.sink_size.map(|bytes| bytes.0),
     })?;
     if let Some(file) = &args.ticket_file {
         write_ticket(&receiver, file)?;

@@ -75,7 +75,7 @@ fn options(
 ) -> Result<SendOptions, Failed> {
     let progress = progress.clone();
     Ok(SendOptions {
-        directory: args.dir.clone(),
+        directory: crxfer::store::locate(&args.dir)?,
         name: args.name.clone(),
         base: args.base.clone(),
         page_size: args.page_size,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crxfer::image::{Chain, Completeness, ImageError};
-use crxfer::store::{Record, Store, Verification};
+use crxfer::store::{Record, Store, Verification, locate};
 use serde_json::json;
 
 use crate::args::VerifyArgs;
@@ -13,21 +13,22 @@ use crate::output;
 use crate::size::{Bytes, grouped};
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failed> {
-    if !args.dir.exists() {
+    let dir = &locate(&args.dir)?;
+    if !dir.exists() {
         return Err(ImageError::NoDirectory(args.dir.clone()).into());
     }
     let mut reports = Vec::new();
-    if let Ok(store) = Store::open_existing(&args.dir) {
+    if let Ok(store) = Store::open_existing(dir) {
         for set in store.list()?.into_iter().filter(|set| set.is_current()) {
             let path = set
                 .directory
                 .unwrap_or_else(|| args.dir.join(&set.record.name));
             reports.push(check_set(&store, &set.record, path)?);
         }
-    } else if let Some((store, record)) = Store::find_set(&args.dir)? {
-        reports.push(check_set(&store, &record, args.dir.clone())?);
+    } else if let Some((store, record)) = Store::find_set(dir)? {
+        reports.push(check_set(&store, &record, dir.clone())?);
     } else {
-        reports.push(Report::new(args.dir.clone(), None));
+        reports.push(Report::new(dir.clone(), None));
     }
     for report in &reports {
         report.print(args.json)?;

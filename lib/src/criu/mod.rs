@@ -15,6 +15,8 @@
 //!   [`page_client`] reads it from a socket and hands the pages to a [`page_client::PageSink`].
 //! - [`endpoint`] is where CRIUs that somebody else starts connect to: a port, or a socket for many dumps.
 //! - [`page_feed`] is the other way round: the pages of a set go to a real `criu page-server`.
+//! - [`streamer`] is an image streamer: takes all images of a dump through pipes, and gives them to a
+//!   restore.
 //! - [`network_lock`] removes the firewall rules that CRIU leaves behind.
 //!
 //! Everything blocks and needs no runtime: one plain thread for a worker, one for its memory.
@@ -32,6 +34,7 @@ pub mod page_server;
 mod process;
 pub mod rpc;
 mod stage;
+pub mod streamer;
 #[cfg(test)]
 pub(crate) mod testing;
 

@@ -314,3 +314,6 @@ fn header(layout: HeaderLayout, command: u32, pages: u64, vaddr: u64, id: u64) -
     bytes.extend(id.to_ne_bytes());
     bytes
 }
+
+#[cfg(test)]
+mod tests;

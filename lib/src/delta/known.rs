@@ -99,6 +99,11 @@ impl Known {
         self.objects.get(&memory).copied()
     }
 
+    /// The memories that have an index.
+    pub fn memories(&self) -> impl Iterator<Item = PagemapName> {
+        self.objects.keys().copied()
+    }
+
     /// An index for something else that is sent.
     pub fn new_object(&mut self) -> u32 {
         self.tables.push(HashMap::new());
@@ -130,6 +135,23 @@ impl Known {
         }
         self.digests = digests;
         compared
+    }
+
+    /// The destination holds these pages from the page numbered `first` of `object` on, from before.
+    ///
+    /// # Panics
+    /// If `object` was not given out.
+    pub fn hold(&mut self, object: u32, first: u64, digests: &[Digest]) {
+        for (page, &digest) in (first..).zip(digests) {
+            *self.slot(object, page) = digest;
+            if digest != self.zero {
+                let place = BlockRef {
+                    file: object,
+                    block: page,
+                };
+                self.places.insert(place_key(&digest), place);
+            }
+        }
     }
 
     /// The digests of the pages that [`Known::compare`] was given last, in their order.
@@ -177,10 +199,7 @@ impl Known {
             });
             self.described = 0;
         }
-        let table = &mut self.tables[object as usize];
-        let group = table.entry(page / GROUP as u64);
-        let group = group.or_insert_with(|| Box::new([NOT_SENT; GROUP]));
-        let slot = &mut group[index_in(page, GROUP as u64)];
+        let slot = self.slot(object, page);
         let mut compared = Compared {
             pages: 1,
             ..Compared::default()
@@ -202,6 +221,13 @@ impl Known {
         compared
     }
 
+    fn slot(&mut self, object: u32, page: u64) -> &mut Digest {
+        let table = &mut self.tables[object as usize];
+        let group = table.entry(page / GROUP as u64);
+        let group = group.or_insert_with(|| Box::new([NOT_SENT; GROUP]));
+        &mut group[index_in(page, GROUP as u64)]
+    }
+
     // How the destination comes by a page with this digest.
     fn op_for(&mut self, object: u32, page: u64, digest: Digest) -> Op {
         if digest == self.zero {
@@ -211,8 +237,7 @@ impl Known {
             file: object,
             block: page,
         };
-        let key = u64::from_le_bytes(digest.0[..8].try_into().expect("eight bytes"));
-        let place = self.places.insert(key, here);
+        let place = self.places.insert(place_key(&digest), here);
         match place {
             // It still holds that, unless something else was sent there since.
             Some(place)
@@ -228,6 +253,10 @@ impl Known {
 /// Pages of one segment.
 pub(crate) fn segment_pages(page: PageSize) -> usize {
     usize::try_from((SEGMENT_BYTES / page.bytes()).max(1)).expect("a segment fits into memory")
+}
+
+fn place_key(digest: &Digest) -> u64 {
+    u64::from_le_bytes(digest.0[..8].try_into().expect("eight bytes"))
 }
 
 fn index_in(page: u64, per_segment: u64) -> usize {
@@ -301,6 +330,24 @@ mod tests {
             [Op::Held(10), Op::Same(2, from), Op::Zero(1), Op::Held(243)]
         );
         assert!(changes[0].literal.is_empty());
+    }
+
+    #[test]
+    fn what_was_held_before_is_neither_sent_nor_forgotten_as_a_source_of_copies() {
+        let mut known = known();
+        let (object, _) = known.object(PagemapName::Task(7));
+        let digests = [1, 2, 0].map(|value| Digest::of(&page(value)));
+        known.hold(object, 20, &digests);
+        let (changes, compared) = pass(&mut known, object, &[(20, 1), (21, 9), (22, 0), (23, 1)]);
+        assert_eq!((compared.changed, compared.sent), (2, 1));
+        let from = BlockRef {
+            file: object,
+            block: 20,
+        };
+        assert_eq!(
+            changes[0].ops[1..4],
+            [Op::Literal(1), Op::Held(1), Op::Same(1, from)]
+        );
     }
 
     #[test]

@@ -63,6 +63,35 @@ impl Outgoing {
         }
     }
 
+    /// The destination holds what `known` says.
+    pub fn building_on(page: PageSize, known: Known) -> Self {
+        Self {
+            known,
+            ..Self::new(page)
+        }
+    }
+
+    /// What the destination holds when it has stored the dump that [`Outgoing::end`] ended, and
+    /// nothing else: the dump's memories in their order, and its pages.
+    pub fn into_known(self) -> Known {
+        let mut held = Known::new(self.page);
+        let mut digests = Vec::new();
+        for (&memory, dumped) in &self.dumped {
+            let (object, _) = held.object(memory);
+            let Some(from) = self.known.find(memory) else {
+                continue;
+            };
+            for run in dumped.runs() {
+                let first = run.vaddr / self.page.bytes();
+                digests.clear();
+                let pages = first..first + run.pages;
+                digests.extend(pages.filter_map(|page| self.known.digest(from, page)));
+                held.hold(object, first, &digests);
+            }
+        }
+        held
+    }
+
     /// An iteration begins.
     pub fn begin(&mut self, number: u32, is_final: bool, out: &mut Vec<Record>) {
         (self.number, self.is_final) = (number, is_final);

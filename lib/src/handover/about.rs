@@ -1,10 +1,11 @@
 //! What a journal says about its migration: all that must be known to end it without its process.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::tree::{Fence, Process, Tree};
+use crate::sink::{Holder, Unseen};
+use crate::tree::{Fence, Process, Tree, boot_id};
 
 /// What must be known of a migration to end it on the source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,8 +54,16 @@ pub struct DestinationAbout {
     pub peer: String,
     /// Where the source was.
     pub address: std::net::SocketAddr,
-    /// Directory of the migration: iterations, `final`, `work`.
+    /// Directory of the migration: iterations, `final`, `work`. Where `memory` names processes, the
+    /// first of them has it by this path; see [`place`](Self::place).
     pub place: PathBuf,
+    /// Processes that hold it by a descriptor, where it is in memory only and has no other path.
+    #[serde(default)]
+    pub memory: Vec<Holder>,
+    /// CRIU's directory where it is not `place/work`: what tells whether a copy has run must not go with
+    /// the images.
+    #[serde(default)]
+    pub work: Option<PathBuf>,
     /// The source's facts, as preflight encodes them: pids, sockets, addresses.
     #[serde(with = "hex")]
     pub facts: Vec<u8>,
@@ -89,6 +98,33 @@ pub struct DestinationAbout {
     /// The source has heard that the copy runs.
     #[serde(default)]
     pub heard: bool,
+}
+
+impl DestinationAbout {
+    /// Where the directory of the migration is now; `None` where it was in memory only, and no process
+    /// is left that holds it.
+    pub fn place(&self) -> Result<Option<PathBuf>, Unseen> {
+        if self.memory.is_empty() {
+            return Ok(Some(self.place.clone()));
+        }
+        let name = self.place.file_name();
+        match name.filter(|_| self.boot == boot_id()) {
+            Some(name) => Holder::find(&self.memory, Path::new(name)),
+            None => Ok(None),
+        }
+    }
+
+    /// Where CRIU has its log and sockets.
+    pub fn work(&self) -> PathBuf {
+        let work = self.work.clone();
+        work.unwrap_or_else(|| self.place.join("work"))
+    }
+
+    /// The directory around that: of the script and the socket of a command that restores.
+    pub fn scene(&self) -> PathBuf {
+        let work = self.work();
+        work.parent().map_or(self.place.clone(), PathBuf::from)
+    }
 }
 
 /// Bytes as hexadecimal digits.

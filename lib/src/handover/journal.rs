@@ -262,7 +262,8 @@ impl<S: State> Journal<S> {
         Ok(found)
     }
 
-    fn directory_of(root: &Path, id: MigrationId) -> PathBuf {
+    /// Where the directory of migration `id` is, or will be.
+    pub(crate) fn directory_of(root: &Path, id: MigrationId) -> PathBuf {
         root.join(format!("{}-{id}", S::SIDE))
     }
 

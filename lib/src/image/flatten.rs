@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -157,7 +157,10 @@ fn flatten_memory(
 
 /// The flags of the new entries: a present page keeps its own; one from the parent has lost what
 /// CRIU knew about lazy restore, and is restored at once.
-fn present_runs(name: PagemapName, runs: &[ResolvedRun]) -> Result<Vec<PageRun>, ImageError> {
+pub(super) fn present_runs(
+    name: PagemapName,
+    runs: &[ResolvedRun],
+) -> Result<Vec<PageRun>, ImageError> {
     runs.iter()
         .map(|run| {
             let &ResolvedRun {
@@ -250,7 +253,8 @@ fn seek(file: &File, to: SeekFrom) -> std::io::Result<Option<u64>> {
 }
 
 /// A new directory under a hidden name beside its place; removed again unless published.
-struct Target {
+#[derive(Debug)]
+pub(crate) struct Target {
     parent: OwnedFd,
     directory: OwnedFd,
     temporary: String,
@@ -262,7 +266,7 @@ struct Target {
 }
 
 impl Target {
-    fn create(out: &Path) -> Result<Self, ImageError> {
+    pub(crate) fn create(out: &Path) -> Result<Self, ImageError> {
         let bad = || ImageError::BadOutput(out.to_owned());
         let name = out
             .file_name()
@@ -297,7 +301,12 @@ impl Target {
         })
     }
 
-    fn create_file(&self, name: &str, mode: u32) -> Result<File, ImageError> {
+    /// Where it will be.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn create_file(&self, name: &str, mode: u32) -> Result<File, ImageError> {
         let path = self.path.join(name);
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
@@ -309,14 +318,14 @@ impl Target {
         Ok(file.into())
     }
 
-    fn sync(&self, file: impl AsFd, path: &Path) -> Result<(), ImageError> {
+    pub(crate) fn sync(&self, file: impl AsFd, path: &Path) -> Result<(), ImageError> {
         if self.durable {
             rustix::fs::fsync(file).map_err(ImageError::io(path, "write to disk"))?;
         }
         Ok(())
     }
 
-    fn publish(&mut self) -> Result<(), ImageError> {
+    pub(crate) fn publish(&mut self) -> Result<(), ImageError> {
         self.sync(&self.directory, &self.path)?;
         let flags = RenameFlags::NOREPLACE;
         let renamed = rustix::fs::renameat_with(
@@ -351,6 +360,12 @@ impl Target {
             }
         }
         rustix::fs::unlinkat(&self.parent, &self.temporary, AtFlags::REMOVEDIR)
+    }
+}
+
+impl AsFd for Target {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
     }
 }
 

@@ -12,6 +12,7 @@
 //! - [`ImageDir`] is one directory, [`Chain`] a directory with its ancestors.
 //! - [`Pagemap`] is one parsed pagemap; [`resolve()`] says where the bytes of each page are.
 //! - [`complete::check`] judges whether CRIU could restore a set; both are pure functions.
+//! - [`FlatView`] reads a chain as one directory without a parent, [`flatten()`] writes it.
 //! - [`flatten()`], [`inspect()`] and [`diff()`] work on open chains.
 //!
 //! What a transfer must understand, the memory, is parsed strictly; everything else is carried as
@@ -22,6 +23,7 @@ pub mod complete;
 pub mod diff;
 pub mod dir;
 mod error;
+pub mod flat;
 pub mod flatten;
 pub mod framing;
 pub mod inspect;
@@ -40,6 +42,7 @@ pub use complete::{Completeness, LevelFacts, Problem, SetFacts};
 pub use diff::{MemoryDiff, diff};
 pub use dir::{DirId, FileInfo, FileStat, ImageDir, Listing, ParentLink, ParentLinks};
 pub use error::{ImageError, RunFault};
+pub use flat::{FlatFile, FlatView, Piece};
 pub use flatten::{Flattened, flatten};
 pub use inspect::{CriuVersion, MemorySummary, Summary, inspect};
 pub use inventory::Inventory;

@@ -149,7 +149,13 @@ fn memory(facts: &Facts, found: &Found) -> Check {
                 size(images),
                 size(free)
             ),
-            "free space there, or choose another directory",
+            match here.images_in_memory {
+                true => {
+                    "free memory there, or keep the images on a disk: migrate with --mode disk to a \
+                     receiving directory that is on one"
+                }
+                false => "free space there, or choose another directory",
+            },
         );
     }
     if here.available < needed {
@@ -161,7 +167,7 @@ fn memory(facts: &Facts, found: &Found) -> Check {
                 size(needed),
                 size(here.available)
             ),
-            "free memory, add swap, or receive the images on a disk",
+            "free memory, add swap, or keep the images on a disk (--mode disk)",
         );
     }
     if let Some((room, group)) = here.group.as_ref().filter(|(room, _)| *room < needed) {

@@ -19,6 +19,8 @@ use super::procfs::{self, Stat};
 pub struct Place {
     /// The directory that receives the images.
     pub images: PathBuf,
+    /// They go to memory instead, of which they may take so many bytes.
+    pub memory: Option<u64>,
     /// The program CRIU.
     pub criu: PathBuf,
     /// There is a hook `address-prepare`: addresses that are missing now will be there.
@@ -89,7 +91,7 @@ impl Found {
             } else {
                 facts.sockets.iter().map(binding).collect()
             },
-            memory: Memory::look(&place.images),
+            memory: Memory::look(&place.images, place.memory),
         }
     }
 }
@@ -252,6 +254,7 @@ mod tests {
         facts.tree.tasks = vec![1, std::process::id()];
         let place = Place {
             images: "/".into(),
+            memory: None,
             criu: "/nonexistent/criu".into(),
             ..Place::default()
         };

@@ -19,20 +19,33 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Looks at this host; `images` is the directory that receives the images.
-    pub(super) fn look(images: &Path) -> Self {
+    /// Looks at this host; `images` is the directory that receives the images, unless they go to memory,
+    /// of which they may take `in_memory` bytes.
+    pub(super) fn look(images: &Path, in_memory: Option<u64>) -> Self {
         let info = read("/proc/meminfo");
         let part = |key| procfs::number(&info, key).unwrap_or(0);
         let groups = directories(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"));
         let room = |group: PathBuf| Some((room_of(&group)?, group));
         let free = rustix::fs::statvfs(images).ok();
+        let free = free.map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize));
+        let is_tmpfs = || crate::sys::is_durable(images).is_ok_and(|durable| !durable);
         Self {
             available: part("MemAvailable").saturating_add(part("SwapFree")),
             group: groups.into_iter().filter_map(room).min(),
-            images_free: free.map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize)),
-            images_in_memory: crate::sys::is_durable(images).is_ok_and(|durable| !durable),
+            images_free: in_memory.or(free),
+            images_in_memory: in_memory.is_some() || is_tmpfs(),
         }
     }
+}
+
+/// Bytes that may be taken without swapping, as far as the host and this process's control groups have
+/// them.
+#[cfg(feature = "net")]
+pub(crate) fn memory_available() -> u64 {
+    let available = procfs::number(&read("/proc/meminfo"), "MemAvailable").unwrap_or(0);
+    let groups = directories(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"));
+    let rooms = groups.iter().filter_map(|group| room_of(group));
+    rooms.min().map_or(available, |room| room.min(available))
 }
 
 /// Directories of the memory cgroups that this process is in, innermost first.
@@ -134,7 +147,7 @@ mod tests {
 
     #[test]
     fn this_host_has_memory() {
-        let memory = Memory::look(Path::new("/"));
+        let memory = Memory::look(Path::new("/"), None);
         assert!(memory.available > 0 && memory.images_free.is_some());
     }
 }

@@ -41,6 +41,8 @@ pub use facts::sample;
 pub use facts::{CriuVersion, Facts, File, FormatError, Host, Socket, SocketKind, Tree, limits};
 pub use found::Place;
 pub use gather::{PreflightError, gather};
+#[cfg(feature = "net")]
+pub(crate) use memory::memory_available;
 pub(crate) use procfs::Stat;
 pub use source::check_source;
 pub use survey::{Choices, Deleted, Process, Supervisor, Survey};

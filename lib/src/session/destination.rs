@@ -10,7 +10,8 @@ use crate::digest::Digest;
 use crate::ticket::equal_in_constant_time;
 use crate::wire::{
     BeginSet, BlockId, FrameHeader, Hello, Layout, MIGRATION_VERSION, Message, MigrationId, Offer,
-    Op, Published, SegmentAt, Step, VERSIONS, Verdict, Welcome, limits,
+    Op, PAGES_VERSION, PagesOffer, PagesStep, Published, SegmentAt, Step, VERSIONS, Verdict,
+    Welcome, limits,
 };
 
 /// What the destination says of itself and asks of the source.
@@ -60,6 +61,9 @@ pub enum DestinationCommand {
     Migrate(Box<Offer>),
     /// Hand the connection to [`handover`](crate::handover): a source of a migration is back.
     Meet(MigrationId, Verdict),
+    /// The memory of a dump is offered: all further messages are for
+    /// [`PagesDestination`](super::pages::PagesDestination).
+    TakePages(PagesOffer),
 }
 
 #[derive(Debug)]
@@ -143,6 +147,13 @@ impl Destination {
                 if self.version >= MIGRATION_VERSION =>
             {
                 self.commands.push_back(DestinationCommand::Migrate(offer));
+                State::Failed
+            }
+            (State::AwaitQuery, Message::Pages(PagesStep::Offer(offer)))
+                if self.version >= PAGES_VERSION =>
+            {
+                self.commands
+                    .push_back(DestinationCommand::TakePages(offer));
                 State::Failed
             }
             (State::AwaitQuery, Message::QueryHeld(roots)) => {

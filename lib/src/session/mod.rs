@@ -24,6 +24,7 @@
 mod destination;
 mod error;
 pub mod migration;
+pub mod pages;
 mod source;
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,8 @@ use crate::delta::{BlockRef, FileMeta, FirstSeen, Manifest, ParentRef, SetName, 
 use crate::digest::{Digest, tree, zero_digest};
 use crate::page::PageSize;
 use crate::wire::{
-    BeginSet, BlockId, Hello, Layout, Message, Op, Published, SegmentAt, VERSIONS, Welcome, limits,
+    BeginSet, BlockId, Hello, Layout, MIGRATION_VERSION, Message, Op, Published, SegmentAt,
+    VERSIONS, Welcome, limits,
 };
 
 /// Segments that are read and hashed at the same time: keeps up to four cores busy.
@@ -153,7 +154,7 @@ impl Source {
             "ancestors are digested first"
         );
         let hello = Hello {
-            versions: (*VERSIONS.start(), *VERSIONS.end()),
+            versions: (*VERSIONS.start(), MIGRATION_VERSION),
             software: config.software.clone(),
             ticket_proof: config.ticket_proof,
         };
@@ -283,8 +284,8 @@ impl Source {
     }
 
     fn welcomed(&mut self, welcome: &Welcome) -> Result<(), SessionError> {
-        if !VERSIONS.contains(&welcome.version) {
-            let ours = format!("{} to {}", VERSIONS.start(), VERSIONS.end());
+        if !(*VERSIONS.start()..=MIGRATION_VERSION).contains(&welcome.version) {
+            let ours = format!("{} to {MIGRATION_VERSION}", VERSIONS.start());
             return Err(SessionError::Version {
                 ours,
                 theirs: welcome.version.to_string(),

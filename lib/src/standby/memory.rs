@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FallocateFlags;
 
-use super::{PlaceOf, Places, StandbyError};
+use super::{HeldMemory, PlaceOf, Places, StandbyError};
 use crate::delta::{DumpedMemory, segment_pages};
 use crate::digest::{Digest, VerifiedRun, zero_digest};
-use crate::image::{PageFlags, PageRun, Pagemap, PagemapName};
+use crate::image::{PageFlags, PageRun, Pagemap, PagemapName, pages_file_name};
 use crate::page::PageSize;
 use crate::store::Tried as _;
 use crate::wire::{FrameHeader, Op};
@@ -41,11 +41,15 @@ pub(super) struct Built {
     pub(super) dumped: DumpedMemory,
     pub(super) pages: u64,
     pub(super) fresh_pages: u64,
+    // Of a page session: the digests of its fresh pages.
+    pub(super) fresh: Vec<Digest>,
 }
 
 #[derive(Debug)]
 pub(super) struct Memory {
     pages_id: u32,
+    // Of the directories that were here before, the first iterations; of a page session only.
+    held_ids: Option<Vec<u32>>,
     page: PageSize,
     segment_pages: usize,
     zero: Digest,
@@ -61,6 +65,7 @@ impl Memory {
     pub(super) fn new(pages_id: u32, page: PageSize) -> Self {
         Self {
             pages_id,
+            held_ids: None,
             page,
             segment_pages: segment_pages(page),
             zero: zero_digest(page.byte_len()),
@@ -69,6 +74,20 @@ impl Memory {
             runs: None,
             replaced: Vec::new(),
         }
+    }
+
+    /// A memory of which some pages were here before.
+    pub(super) fn held(pages_id: u32, page: PageSize, held: HeldMemory) -> Self {
+        let mut memory = Self::new(pages_id, page);
+        for run in held.runs {
+            let iteration = u32::try_from(run.level + 1).expect("a chain is limited");
+            for (page, (index, digest)) in (run.first..).zip((run.index..).zip(run.digests)) {
+                let place = PlaceOf { iteration, index };
+                memory.set(page, Slot { digest, place });
+            }
+        }
+        memory.held_ids = Some(held.pages_ids);
+        memory
     }
 
     /// Refuses a frame that does not describe a segment with `raw_len` literal bytes. To be called
@@ -188,7 +207,7 @@ impl Memory {
             .get(page)
             .ok_or(StandbyError::Protocol("a copy of a page that was not sent"))?;
         let directory = places.directory(slot.place.iteration);
-        let path = directory.join(self.pages_name());
+        let path = directory.join(self.pages_name_in(slot.place.iteration));
         let file = File::open(&path).tried("open", &path)?;
         let mut bytes = vec![0; self.page.byte_len()];
         let offset = u64::from(slot.place.index) * self.page.bytes();
@@ -267,7 +286,9 @@ impl Memory {
             dumped: DumpedMemory::default(),
             pages: 0,
             fresh_pages: 0,
+            fresh: Vec::new(),
         };
+        let keeps_digests = self.held_ids.is_some();
         let mut runs = Vec::new();
         let mut digests = Vec::new();
         for run in dumped_runs {
@@ -284,6 +305,9 @@ impl Memory {
                     return Err(StandbyError::Protocol("pages that are not in the dump"));
                 }
                 built.fresh_pages += u64::from(is_fresh);
+                if is_fresh && keeps_digests {
+                    built.fresh.push(slot.digest);
+                }
                 let flags = if is_fresh {
                     run.flags
                 } else {
@@ -328,8 +352,17 @@ impl Memory {
         Ok(())
     }
 
-    fn pages_name(&self) -> String {
-        format!("pages-{}.img", self.pages_id)
+    /// Its pages file in the directory that arrives.
+    pub(super) fn pages_name(&self) -> String {
+        pages_file_name(self.pages_id)
+    }
+
+    fn pages_name_in(&self, iteration: u32) -> String {
+        let held = self.held_ids.as_ref().and_then(|ids| {
+            let level = usize::try_from(iteration).ok()?.checked_sub(1)?;
+            ids.get(level)
+        });
+        pages_file_name(*held.unwrap_or(&self.pages_id))
     }
 
     /// Gives back the room of pages that were replaced. A file system that cannot do that keeps them.

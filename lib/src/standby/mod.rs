@@ -8,8 +8,12 @@
 //! ```
 //! A page that a later iteration replaced is punched out of its file when that iteration is
 //! complete: however many iterations there are, the directories hold each page about once.
+//!
+//! A page session has one iteration, the final one, and no files. What it builds on is a stored set
+//! ([`HeldPages`]), and its directory is the one that will be published.
 
 mod arriving;
+mod held;
 mod memory;
 #[cfg(test)]
 mod tests;
@@ -18,8 +22,10 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use self::arriving::ArrivingFile;
+pub use self::held::{DumpedPages, HeldMemory, HeldPages, HeldPlaces};
 use self::memory::Memory;
 use crate::delta::codec::{DecompressError, Decompressor};
 use crate::delta::{BlockRef, dump_root};
@@ -43,6 +49,14 @@ pub enum StandbyError {
         "the dump that arrived does not have the root digest that the source stated; nothing of it is used"
     )]
     Root,
+    /// More bytes of pages than are taken.
+    #[error("the dump has {size} bytes or more, and {limit} are taken here")]
+    TooLarge {
+        /// So far.
+        size: u64,
+        /// What is taken.
+        limit: u64,
+    },
     /// A frame cannot be unpacked.
     #[error("a frame cannot be unpacked: {0}")]
     Unpack(#[from] DecompressError),
@@ -80,6 +94,8 @@ pub enum Event {
         /// Of these, pages that came with the final iteration.
         fresh_pages: u64,
     },
+    /// The same of a page session.
+    Dumped(DumpedPages),
 }
 
 #[derive(Debug)]
@@ -101,6 +117,9 @@ pub struct Standby {
     root: PathBuf,
     page: PageSize,
     durable: bool,
+    // Of a page session: the chain that it builds on, the newest first.
+    held: Option<Arc<[PathBuf]>>,
+    most_bytes: Option<u64>,
     things: Vec<Thing>,
     by_name: BTreeMap<PagemapName, u32>,
     iteration: u32,
@@ -116,10 +135,37 @@ impl Standby {
     /// Makes the directory at `root`, which must not exist, with mode 0700.
     pub fn create(root: &Path, page: PageSize, durable: bool) -> Result<Self, StandbyError> {
         make_private(root)?;
+        Self::at(root, page, durable)
+    }
+
+    /// A page session: one dump without files comes to the empty directory `directory`, and leaves
+    /// to `held` what that has. At most `most_bytes` of pages are taken.
+    pub fn building_on(
+        directory: &Path,
+        page: PageSize,
+        held: HeldPages,
+        most_bytes: Option<u64>,
+    ) -> Result<Self, StandbyError> {
+        let mut standby = Self::at(directory, page, false)?;
+        standby.iteration = u32::try_from(held.directories.len()).unwrap_or(u32::MAX);
+        standby.held = Some(held.directories.into());
+        standby.most_bytes = most_bytes;
+        for memory in held.memories {
+            let index = u32::try_from(standby.things.len()).unwrap_or(u32::MAX);
+            standby.by_name.insert(memory.name, index);
+            let memory = Memory::held(index.saturating_add(1), page, memory);
+            standby.things.push(Thing::Memory(memory));
+        }
+        Ok(standby)
+    }
+
+    fn at(root: &Path, page: PageSize, durable: bool) -> Result<Self, StandbyError> {
         Ok(Self {
             root: root.to_owned(),
             page,
             durable,
+            held: None,
+            most_bytes: None,
             things: Vec::new(),
             by_name: BTreeMap::new(),
             iteration: 0,
@@ -154,9 +200,10 @@ impl Standby {
                 self.memory(object)?.add_runs(&runs, page)?;
                 Ok(None)
             }
-            StreamNote::End { number, root } if self.is_open && number == self.iteration => {
+            StreamNote::End { number, root } if self.is_open && number == self.number() => {
                 (self.is_open, self.open) = (false, None);
                 match (self.is_final, root) {
+                    (true, Some(root)) if self.held.is_some() => self.end_pages(root).map(Some),
                     (true, Some(root)) => self.end_final(root).map(Some),
                     (false, None) => self.end_iteration().map(Some),
                     _ => Err(StandbyError::Protocol("an end of the wrong kind")),
@@ -167,16 +214,27 @@ impl Standby {
     }
 
     fn begin(&mut self, number: u32, is_final: bool) -> Result<Event, StandbyError> {
-        if self.is_open || self.is_final || number != self.iteration + 1 {
+        let only_final = self.held.is_some();
+        if self.is_open || self.is_final || number != self.number() + 1 || only_final && !is_final {
             return Err(StandbyError::Protocol("an iteration out of order"));
         }
-        (self.iteration, self.is_final, self.is_open) = (number, is_final, true);
+        self.iteration += 1;
+        (self.is_final, self.is_open) = (is_final, true);
         self.stored_bytes = 0;
         let directory = self.directory();
         if !(is_final && directory.is_dir()) {
             make_private(&directory)?;
         }
         Ok(Event::Begun { number, is_final })
+    }
+
+    // The number of the iteration on the stream: sets that were here before come first in ours.
+    fn number(&self) -> u32 {
+        let before = self.held.as_ref().map_or(0, |held| held.len());
+        self.iteration
+            - u32::try_from(before)
+                .unwrap_or(u32::MAX)
+                .min(self.iteration)
     }
 
     fn add_object(&mut self, object: Object) -> Result<(), StandbyError> {
@@ -189,7 +247,13 @@ impl Standby {
                 if self.by_name.insert(name, index).is_some() {
                     return Err(StandbyError::Protocol("a memory that was named before"));
                 }
-                Thing::Memory(Memory::new(index + 1, self.page))
+                Thing::Memory(match self.held {
+                    Some(_) => Memory::held(index + 1, self.page, HeldMemory::none(name)),
+                    None => Memory::new(index + 1, self.page),
+                })
+            }
+            Object::File { .. } if self.held.is_some() => {
+                return Err(StandbyError::Protocol("a file among pages"));
             }
             Object::File { name, mode, size } if self.is_final => {
                 let path = self.directory().join(name.as_str());
@@ -212,8 +276,12 @@ impl Standby {
         ops: &[Op],
         payload: bytes::Bytes,
     ) -> Result<(), StandbyError> {
-        if !self.is_open || header.set != self.iteration {
+        if !self.is_open || header.set != self.number() {
             return Err(StandbyError::Protocol("a frame out of order"));
+        }
+        let size = self.stored_bytes;
+        if let Some(limit) = self.most_bytes.filter(|&limit| size > limit) {
+            return Err(StandbyError::TooLarge { size, limit });
         }
         let raw = match header.codec {
             Codec::Raw => payload,
@@ -277,6 +345,7 @@ impl Standby {
     fn places(&self) -> Places {
         Places {
             root: self.root.clone(),
+            held: self.held.clone(),
             iteration: self.iteration,
             is_final: self.is_final,
         }
@@ -340,6 +409,34 @@ impl Standby {
         })
     }
 
+    fn end_pages(&mut self, stated: Digest) -> Result<Event, StandbyError> {
+        let directory = self.directory();
+        let mut memories = BTreeMap::new();
+        let mut dumped = DumpedPages {
+            root: stated,
+            pages: 0,
+            fresh_pages: 0,
+            needs_held: false,
+            files: Vec::new(),
+        };
+        for (&name, &index) in &self.by_name {
+            let Thing::Memory(memory) = &mut self.things[index as usize] else {
+                continue;
+            };
+            if let Some(built) = memory.finish_final(&directory, name, self.iteration)? {
+                dumped.pages += built.pages;
+                dumped.fresh_pages += built.fresh_pages;
+                dumped.needs_held |= built.fresh_pages < built.pages;
+                dumped.files.push((memory.pages_name(), built.fresh));
+                memories.insert(name, built.dumped);
+            }
+        }
+        if dump_root(self.page, &memories, &BTreeMap::new()) != stated {
+            return Err(StandbyError::Root);
+        }
+        Ok(Event::Dumped(dumped))
+    }
+
     /// Gives back the room of pages that later iterations replaced. To be called between
     /// iterations, never while the tree is frozen.
     pub fn drop_replaced(&mut self) {
@@ -366,12 +463,21 @@ impl Standby {
 #[derive(Debug)]
 struct Places {
     root: PathBuf,
+    held: Option<Arc<[PathBuf]>>,
     iteration: u32,
     is_final: bool,
 }
 
 impl Places {
     fn directory(&self, iteration: u32) -> PathBuf {
+        if let Some(held) = &self.held {
+            // Of the chain the newest comes first, and of iterations the oldest: one behind them all
+            // is the one that arrives.
+            let level = usize::try_from(iteration)
+                .unwrap_or(usize::MAX)
+                .wrapping_sub(1);
+            return held.get(level).unwrap_or(&self.root).clone();
+        }
         if self.is_final && iteration == self.iteration {
             self.root.join(FINAL)
         } else {

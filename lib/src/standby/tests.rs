@@ -1,3 +1,4 @@
+mod pages;
 mod random;
 
 use std::collections::BTreeMap;
@@ -39,7 +40,7 @@ fn deliver(standby: &mut Standby, records: Vec<Record>) -> Result<Vec<Event>, St
             Record::Frame(changes) => {
                 let length = u32::try_from(changes.literal.len()).unwrap();
                 let header = FrameHeader {
-                    set: standby.iteration,
+                    set: standby.number(),
                     file: changes.object,
                     segment: changes.segment,
                     codec: Codec::Raw,

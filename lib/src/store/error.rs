@@ -14,12 +14,26 @@ pub enum StoreError {
         /// What the system said.
         source: io::Error,
     },
+    /// The place for the sets cannot be had.
+    #[error(transparent)]
+    Sink(#[from] crate::sink::SinkError),
+    /// The sets are where this process cannot see them.
+    #[error("the sets of {}: {why}", path.display())]
+    Unseen {
+        /// The receiving directory.
+        path: PathBuf,
+        /// Where they are.
+        why: crate::sink::Unseen,
+    },
     /// Another `crxfer recv` serves the directory.
     #[error("{} is served by another `crxfer recv` already; use another --dir or stop that one", .0.display())]
     Busy(PathBuf),
     /// The directory is no receiving directory.
     #[error("{} is not a receiving directory (it has no .crxfer); name the directory that `crxfer recv --dir` was given", .0.display())]
     NotAStore(PathBuf),
+    /// The sets were in the memory of a process that has ended.
+    #[error("{}: its sets were in the memory of a `crxfer recv` that has ended, and are gone", .0.display())]
+    Gone(PathBuf),
     /// Something that crxfer did not receive has the name.
     #[error("{} exists and was not received by crxfer; move it away or send with another --name", .0.display())]
     Foreign(PathBuf),
@@ -29,6 +43,9 @@ pub enum StoreError {
     /// There is no such set.
     #[error("there is no received set {0}; `crxfer list` shows what there is")]
     NoSuchSet(String),
+    /// The name was given to another set since this one was begun.
+    #[error("{0} was given a new generation meanwhile, by another transfer; send again")]
+    Overtaken(String),
     /// A block of a stored set no longer has its bytes.
     #[error("{}: block {block} no longer has the bytes that were stored (restored with --auto-dedup, or a failing disk?); the set is not used any more, send again", path.display())]
     Damaged {

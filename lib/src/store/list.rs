@@ -56,7 +56,7 @@ impl Store {
     /// The receiving directory that `directory` is a set of, and the set's record. `None` if it is
     /// not inside a receiving directory, or was not received.
     pub fn find_set(directory: &Path) -> Result<Option<(Self, Record)>, StoreError> {
-        let directory = std::fs::canonicalize(directory).tried("find", directory)?;
+        let directory = crate::sink::real_path(directory).tried("find", directory)?;
         // DIR/NAME, or DIR/.crxfer/base/ID.
         for root in directory.ancestors().skip(1).take(3) {
             if !root.join(super::STATE).join("sets").is_dir() {

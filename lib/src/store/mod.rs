@@ -6,6 +6,7 @@
 //! DIR/.crxfer/base/ID/      a set that others build on: the same files by hard links, or moved here
 //! DIR/.crxfer/stage/N/      a transfer under way: `about`, `files/`
 //! DIR/.crxfer/partial/N/    what a transfer that ended early left: `about`, `files/`, `index`
+//! DIR/.crxfer/sink          where the sets are, if not here but in the memory of a process
 //! DIR/.crxfer/migrations/ID/ memory and images of a process tree that is on its way
 //! ```
 //! A set that another builds on gets a place of its own under `base`, and links lead there, never
@@ -16,6 +17,8 @@ mod error;
 mod held;
 mod index;
 mod list;
+mod pages;
+mod place;
 mod places;
 mod record;
 mod recover;
@@ -27,6 +30,8 @@ pub(crate) use error::Tried;
 pub use held::{Held, HeldSet};
 pub use index::Index;
 pub use list::StoredSet;
+pub use pages::PAGES_STATE;
+pub use place::locate;
 pub use places::{NewSet, PublishedSet, Stage};
 pub use record::Record;
 pub use verify::{SetProblem, Verification};
@@ -41,22 +46,37 @@ use std::time::UNIX_EPOCH;
 use rustix::fs::FlockOperation;
 
 use crate::digest::Digest;
+use crate::sink::Sink;
 
 const STATE: &str = ".crxfer";
 
 /// One receiving directory. Cheap to clone; all clones share the same state.
 #[derive(Clone, Debug)]
 pub struct Store {
+    // What is no set: key, journals, locks. The same as `root`, unless the sets are in memory.
+    home: PathBuf,
     root: PathBuf,
     durable: bool,
     // Sets that transfers of this process read from: they are not removed meanwhile.
     in_use: Arc<Mutex<HashMap<PathBuf, usize>>>,
+    // Where the sets are, as long as this lives.
+    sink: Option<Arc<dyn Sink>>,
 }
 
 /// Keeps other `crxfer recv` away from the directory while it lives.
 #[derive(Debug)]
 pub struct ServingLock {
     _file: File,
+    // Leads to what is gone with this process.
+    pointer: Option<PathBuf>,
+}
+
+impl Drop for ServingLock {
+    fn drop(&mut self) {
+        if let Some(pointer) = &self.pointer {
+            let _ = fs::remove_file(pointer);
+        }
+    }
 }
 
 impl Store {
@@ -65,27 +85,48 @@ impl Store {
         if !root.exists() {
             private_dirs(root)?;
         }
-        for part in ["", "sets", "base", "stage", "partial"] {
-            private_dirs(&root.join(STATE).join(part))?;
-        }
-        Self::open_existing(root)
+        make_parts(root)?;
+        Self::open_here(root)
     }
 
-    /// Opens a directory that has been a receiving directory before.
+    /// Opens a directory that has been a receiving directory before. Where a `crxfer recv` keeps its sets
+    /// in memory, they are found there.
     pub fn open_existing(root: &Path) -> Result<Self, StoreError> {
-        if !root.join(STATE).join("sets").is_dir() {
-            return Err(StoreError::NotAStore(root.to_owned()));
+        match Self::followed(root)? {
+            Some(store) => Ok(store),
+            None => Self::open_here(root),
         }
-        let root = fs::canonicalize(root).tried("find", root)?;
+    }
+
+    fn open_here(root: &Path) -> Result<Self, StoreError> {
+        if !root.join(STATE).join("sets").is_dir() {
+            return Err(match place::has_pointer(root) {
+                true => StoreError::Gone(root.to_owned()),
+                false => StoreError::NotAStore(root.to_owned()),
+            });
+        }
+        let root = crate::sink::real_path(root).tried("find", root)?;
         let durable = crate::sys::is_durable(&root).tried("examine", &root)?;
         Ok(Self {
+            home: root.clone(),
             root,
             durable,
             in_use: Arc::default(),
+            sink: None,
         })
     }
 
-    /// Where it is.
+    /// The receiving directory. Its sets may be elsewhere: [`root`](Self::root).
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
+    /// A file beside the sets: what outlives them where they are in memory.
+    pub fn home_path(&self, name: &str) -> PathBuf {
+        self.home.join(STATE).join(name)
+    }
+
+    /// Where the sets are.
     pub fn root(&self) -> &Path {
         &self.root
     }
@@ -102,14 +143,18 @@ impl Store {
 
     /// Takes the directory for serving, and tidies up what an earlier process left.
     pub fn serve(&self) -> Result<ServingLock, StoreError> {
-        let path = self.state_path("serving.lock");
+        let path = self.home_path("serving.lock");
         let file = File::create(&path).tried("create", &path)?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::Busy(self.root.clone())),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::Busy(self.home.clone())),
             other => other.tried("lock", &path)?,
         }
         self.recover()?;
-        Ok(ServingLock { _file: file })
+        self.point()?;
+        Ok(ServingLock {
+            _file: file,
+            pointer: self.pointer(),
+        })
     }
 
     /// All sets, oldest first.
@@ -261,6 +306,11 @@ fn directory_id(path: &Path) -> Option<u64> {
     let digest = Digest::of(&[text.as_slice(), &born.subsec_nanos().to_le_bytes()].concat());
     let (low, _) = digest.0.split_first_chunk::<8>()?;
     Some(u64::from_le_bytes(*low))
+}
+
+fn make_parts(root: &Path) -> Result<(), StoreError> {
+    let mut parts = ["", "sets", "base", "stage", "partial"].iter();
+    parts.try_for_each(|part| private_dirs(&root.join(STATE).join(part)))
 }
 
 fn private_dirs(path: &Path) -> Result<(), StoreError> {

@@ -60,6 +60,10 @@ pub struct NewSet {
     pub keep_link: Option<String>,
     /// Size of the source's files.
     pub image_bytes: u64,
+    /// The set that must still have the name, where this one takes over what that holds.
+    pub succeeds: Option<u64>,
+    /// It holds the dump that the kernel tracks changes from: see [`Store::is_tracked`].
+    pub tracked: bool,
 }
 
 /// A set that is visible now.
@@ -81,6 +85,22 @@ impl Store {
         name: &str,
         page_size: PageSize,
     ) -> Result<Stage, StoreError> {
+        let about = v1::PartialRecord {
+            peer: peer.to_vec(),
+            name: name.to_owned(),
+            page_size: page_size.bytes(),
+        };
+        self.new_stage(Some(&about))
+    }
+
+    /// Opens a stage of which nothing is kept where it is not published: what was dumped into it is
+    /// dumped anew.
+    pub fn stage_unkept(&self) -> Result<Stage, StoreError> {
+        self.new_stage(None)
+    }
+
+    // Without `about` it is removed by whoever finds it.
+    fn new_stage(&self, about: Option<&v1::PartialRecord>) -> Result<Stage, StoreError> {
         let stages = self.state_path("stage");
         for number in 1u64.. {
             let place = stages.join(number.to_string());
@@ -88,12 +108,9 @@ impl Store {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.tried("create", &place)?,
             }
-            let about = v1::PartialRecord {
-                peer: peer.to_vec(),
-                name: name.to_owned(),
-                page_size: page_size.bytes(),
-            };
-            write_atomically(&place.join("about"), &about.encode_to_vec(), false)?;
+            if let Some(about) = about {
+                write_atomically(&place.join("about"), &about.encode_to_vec(), false)?;
+            }
             let files = place.join("files");
             fs::DirBuilder::new()
                 .mode(0o700)
@@ -191,6 +208,11 @@ impl Store {
             Some(name) => self.check_name(name, &new.peer, new.names_are_owned, &records)?,
             None => None,
         };
+        if let (Some(id), Some(name)) = (new.succeeds, &new.name)
+            && current.as_ref().map(|record| record.id) != Some(id)
+        {
+            return Err(StoreError::Overtaken(name.clone()));
+        }
         let mut notes = Vec::new();
         let base = new
             .base
@@ -427,7 +449,7 @@ impl Store {
             .mode(0o700)
             .create(&place)
             .tried("create", &place)?;
-        let written = self.write_set(&record, files, digests);
+        let written = self.write_set(&record, new.tracked, files, digests);
         if written.is_err() {
             let _ = remove_tree(&place);
         }
@@ -437,10 +459,14 @@ impl Store {
     fn write_set(
         &self,
         record: &Record,
+        tracked: bool,
         files: &[FileMeta],
         digests: impl Iterator<Item = Digest>,
     ) -> Result<(), StoreError> {
         let place = self.set_path(record.id);
+        if tracked {
+            self.track(record.id)?;
+        }
         let index = place.join("index");
         Index::write(&index, files, digests, self.durable).tried("write", &index)?;
         self.save(record)?;

@@ -128,6 +128,8 @@ fn new_set(name: &str, text: &str, base: Option<u64>) -> NewSet {
         base,
         keep_link: None,
         image_bytes: text.len() as u64,
+        succeeds: None,
+        tracked: false,
     }
 }
 

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::error::{StoreError, Tried};
-use super::{Index, Record, Store, directory_id};
+use super::{Index, Record, Store};
 use crate::delta::{BlockRef, FileMeta};
 use crate::digest::hash_blocks;
 use crate::wire::limits;
@@ -83,10 +83,16 @@ impl Store {
             verification.note(&link, "leads to a set that is not recorded any more");
             return Ok(None);
         };
-        let target = fs::canonicalize(&link).ok();
-        let leads_there = target.is_some_and(|target| {
-            target == self.base_path(id) || directory_id(&target) == Some(base.directory_id)
-        });
+        // Followed by the kernel: the text of the way there may lead through a descriptor.
+        let same = |path: &Path| {
+            let (target, wanted) = (fs::metadata(&link).ok()?, fs::metadata(path).ok()?);
+            Some((target.dev(), target.ino()) == (wanted.dev(), wanted.ino()))
+        };
+        let is_named = || {
+            let named = self.directory_of(&base);
+            named.is_some_and(|named| same(&named) == Some(true))
+        };
+        let leads_there = same(&self.base_path(id)) == Some(true) || is_named();
         if !leads_there {
             verification.note(&link, "does not lead to the set that this one builds on");
         }
@@ -228,6 +234,8 @@ mod tests {
             base,
             keep_link: None,
             image_bytes: content.len() as u64,
+            succeeds: None,
+            tracked: false,
         };
         let published = store.publish(stage, new, &[meta], digests.into_iter());
         published.unwrap().record

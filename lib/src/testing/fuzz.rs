@@ -3,7 +3,10 @@
 //! They live here so that ordinary tests replay the committed corpus through the same code, and
 //! `fuzz/fuzz_targets/` has nothing but calls.
 
+use std::collections::BTreeSet;
+
 use crate::criu::page_server::{BATCH_BYTES, Event, PageServer, PageServerError, Want};
+use crate::criu::streamer::{MAX_REQUEST_BYTES, Requests, Role, Want as RequestsWant};
 use crate::delta::codec::Decompressor;
 use crate::delta::{BlockRef, FileMeta, FileName, SetName};
 use crate::digest::Digest;
@@ -16,9 +19,10 @@ use crate::store::Index;
 use crate::text;
 use crate::ticket::Ticket;
 use crate::wire::{
-    BeginSet, BlockId, Codec, Failure, FailureCode, FrameHeader, HEADER_LEN, Hello, Layout,
-    Message, MigrationId, Object, Offer, Offered, Phase, Published, RecordKind, RestoreOptions,
-    SegmentAt, Step, StreamNote, Welcome, decode_ops, encode_ops, limits,
+    BeginSet, BlockId, Codec, Failure, FailureCode, FrameHeader, Generation, HEADER_LEN, HeldRun,
+    Hello, Layout, Message, MigrationId, Object, Offer, Offered, PagesHeld, PagesOffer,
+    PagesOffered, PagesStep, PagesStored, Phase, Published, RecordKind, RestoreOptions, SegmentAt,
+    Step, StreamNote, Welcome, decode_ops, encode_ops, limits,
 };
 
 pub use super::session_fuzz::{session, session_seeds};
@@ -42,7 +46,64 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("stream_note", stream_note),
     ("standby", standby),
     ("journal", journal),
+    ("streamer", streamer),
 ];
+
+/// What CRIU sends to an image streamer: which side, how the bytes are cut, then the bytes; each that
+/// follows a request stands for a pipe. Names that come out are single components, a dump's come once,
+/// and how the bytes are cut changes nothing.
+pub fn streamer(data: &[u8]) {
+    let [side, step, stream @ ..] = data else {
+        return;
+    };
+    let role = match side % 2 {
+        0 => Role::Capture,
+        _ => Role::Serve,
+    };
+    let whole = played(role, usize::MAX, stream);
+    assert_eq!(whole, played(role, usize::from(*step) % 7 + 1, stream));
+    let (names, _) = whole;
+    for name in &names {
+        assert!(FileName::new(name.as_str()).is_ok() && !name.contains('/'));
+    }
+    if role == Role::Capture {
+        let once: BTreeSet<_> = names.iter().collect();
+        assert_eq!(once.len(), names.len());
+    }
+}
+
+// Names in order, and how it ended.
+fn played(role: Role, step: usize, mut stream: &[u8]) -> (Vec<String>, Option<String>) {
+    let mut requests = Requests::new(role);
+    let mut names = Vec::new();
+    while !stream.is_empty() {
+        match requests.want() {
+            RequestsWant::Bytes(wanted) => {
+                assert!((1..=MAX_REQUEST_BYTES as usize).contains(&wanted));
+                let (now, later) = stream.split_at(wanted.min(step).min(stream.len()));
+                stream = later;
+                match requests.take_bytes(now) {
+                    Ok(Some(name)) => names.push(name.to_string()),
+                    Ok(None) => {}
+                    Err(error) => return (names, Some(error.to_string())),
+                }
+            }
+            RequestsWant::Answer => {
+                let exists = stream[0].is_multiple_of(2);
+                assert_eq!(requests.answer(exists).len(), 6);
+            }
+            RequestsWant::Pipe => {
+                stream = &stream[1..];
+                assert_eq!(
+                    Some(requests.take_pipe().as_str()),
+                    names.last().map(String::as_str)
+                );
+            }
+        }
+    }
+    let end = requests.check_end();
+    (names, end.err().map(|error| error.to_string()))
+}
 
 /// A migration's journal: see [`crate::handover::journal`].
 pub fn journal(data: &[u8]) {
@@ -344,6 +405,10 @@ pub fn sample_messages() -> Vec<Message> {
         unchanged: true,
         notes: vec!["a note".into()],
     };
+    let generation = Generation {
+        number: 2,
+        root: Digest([4; 32]),
+    };
     vec![
         Message::Hello(Hello {
             versions: (1, 1),
@@ -387,6 +452,37 @@ pub fn sample_messages() -> Vec<Message> {
         Message::Working,
         Message::Published(published),
         Message::Failure(Failure::new(FailureCode::Storage, "disk full")),
+        Message::Pages(PagesStep::Offer(PagesOffer {
+            name: set_name("3"),
+            page_size: PageSize::new(4096).expect("a page size"),
+            known: Some(generation),
+        })),
+        Message::Pages(PagesStep::Offered(PagesOffered {
+            generation: Some(generation),
+            listed: true,
+            continues: true,
+        })),
+        Message::Pages(PagesStep::Held(PagesHeld {
+            memory: PagemapName::Shmem(9),
+            runs: vec![
+                HeldRun {
+                    first: 5,
+                    digests: vec![Digest([1; 32]); 2],
+                },
+                HeldRun {
+                    first: 300,
+                    digests: vec![Digest([2; 32])],
+                },
+            ],
+            last: true,
+        })),
+        Message::Pages(PagesStep::Stored(PagesStored {
+            generation: 3,
+            pages: 7,
+            fresh_pages: 2,
+            stored_bytes: 8192,
+            notes: vec!["a note".into()],
+        })),
     ]
 }
 

@@ -331,7 +331,9 @@ impl DestinationHost {
                     return Ok(Some(DestinationOutput::Prepare(begin, files)));
                 }
                 // As a receiver that takes images only.
-                DestinationCommand::Migrate(_) | DestinationCommand::Meet(..) => {
+                DestinationCommand::Migrate(_)
+                | DestinationCommand::Meet(..)
+                | DestinationCommand::TakePages(_) => {
                     return Err(SessionError::Protocol("it is about a tree"));
                 }
                 DestinationCommand::Store(job) => {

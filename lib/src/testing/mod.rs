@@ -10,6 +10,7 @@ mod hosts;
 mod rng;
 mod session_fuzz;
 mod sets;
+mod small_disk;
 mod standby_fuzz;
 mod world;
 
@@ -19,4 +20,5 @@ pub use hosts::{
 };
 pub use rng::Rng;
 pub use sets::{MemorySet, MemoryStore, PublishedSet};
+pub use small_disk::SmallDisk;
 pub use world::{Conditions, Outcome, Side, Tamper, Unit, World, transfer};

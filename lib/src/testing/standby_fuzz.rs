@@ -1,7 +1,7 @@
 //! The fuzz target that drives a destination's standby, and the model that it is held against.
 //!
 //! ```text
-//! byte 0     page size: even 4 KiB, odd 64 KiB
+//! byte 0     page size: even 4 KiB, odd 64 KiB; bit 7: a page session that builds on four pages
 //! then records, each a byte and its arguments (a byte each unless said):
 //!   0  begin         bit 3: final; low bits 7: a number out of order
 //!   1  memory        bit 0: shared; the rest: id
@@ -26,9 +26,9 @@ use super::fuzz::tempfile_directory;
 use crate::delta::codec::{Compressor, Level};
 use crate::delta::{BlockRef, DumpedMemory, FileMeta, FileName, dump_root, file_digest};
 use crate::digest::{Digest, zero_digest};
-use crate::image::{Chain, ImageError, PageFlags, PageRun, PagemapName, PagesReader};
+use crate::image::{Chain, ImageError, PageFlags, PageRun, Pagemap, PagemapName, PagesReader};
 use crate::page::PageSize;
-use crate::standby::{Event, FINAL, Standby};
+use crate::standby::{Event, FINAL, HeldMemory, HeldPages, HeldPlaces, Standby};
 use crate::wire::{Codec, FrameHeader, HEADER_LEN, Object, Op, StreamNote, decode_page_ops};
 
 /// More records teach nothing that these do not, and cost time.
@@ -215,6 +215,7 @@ impl<'a> Bytes<'a> {
 struct Scene {
     directory: PathBuf,
     standby: Standby,
+    is_session: bool,
     model: Model,
     complete: Option<(PathBuf, u64)>,
 }
@@ -239,14 +240,22 @@ fn run(data: &[u8]) -> bool {
     fs::create_dir(&directory).expect("a scratch directory can be made");
     let remove = RemoveOnDrop(directory.clone());
     let root = directory.join("m");
+    let is_session = first & 0x80 != 0;
+    let (standby, things) = if is_session {
+        building_on_four(&root, page)
+    } else {
+        let standby = Standby::create(&root, page, false);
+        (standby.expect("the directory is new"), Vec::new())
+    };
     let mut scene = Scene {
         directory,
-        standby: Standby::create(&root, page, false).expect("the directory is new"),
+        standby,
+        is_session,
         model: Model {
             page,
             iteration: 0,
             is_final: false,
-            things: Vec::new(),
+            things,
         },
         complete: None,
     };
@@ -259,6 +268,47 @@ fn run(data: &[u8]) -> bool {
     scene.check();
     drop(remove);
     scene.complete.is_some()
+}
+
+// A page session in `root/final`, on the set `root/1`, which has four pages of task 0.
+fn building_on_four(root: &Path, page: PageSize) -> (Standby, Vec<Thing>) {
+    const NAME: PagemapName = PagemapName::Task(0);
+    let (set, directory) = (root.join("1"), root.join(FINAL));
+    for made in [&set, &directory] {
+        fs::create_dir_all(made).expect("a scratch directory can be made");
+    }
+    let bytes: Vec<u8> = (1..=4)
+        .flat_map(|value| vec![value; page.byte_len()])
+        .collect();
+    let run = PageRun {
+        vaddr: 0,
+        pages: 4,
+        flags: PageFlags::PRESENT,
+    };
+    let pagemap = Pagemap::new("pagemap-0.img", 3, page, vec![run]).expect("a good run");
+    fs::write(set.join("pages-3.img"), &bytes).expect("room");
+    fs::write(set.join("pagemap-0.img"), pagemap.encode()).expect("room");
+    let digests: Vec<_> = bytes.chunks(page.byte_len()).map(Digest::of).collect();
+    let held = HeldPages {
+        directories: vec![set],
+        memories: vec![HeldMemory {
+            name: NAME,
+            pages_ids: vec![3],
+            runs: vec![HeldPlaces {
+                first: 0,
+                level: 0,
+                index: 0,
+                digests: digests.clone(),
+            }],
+        }],
+    };
+    let standby = Standby::building_on(&directory, page, held, Some(64 << 20));
+    let thing = Thing::Memory {
+        name: NAME,
+        pages: (0..).zip(digests).collect(),
+        runs: None,
+    };
+    (standby.expect("zstd has memory"), vec![thing])
 }
 
 struct RemoveOnDrop(PathBuf);
@@ -315,6 +365,8 @@ impl Scene {
                 self.standby.drop_replaced();
                 Some(())
             }
+            // A page session has no directory of that kind.
+            9 if self.is_session => Some(()),
             9 => self.standby.prepare_final().ok(),
             _ => self.file_part(bytes),
         }
@@ -328,6 +380,7 @@ impl Scene {
             Some(Event::Complete {
                 directory, pages, ..
             }) => {
+                assert!(!self.is_session, "a page session ends otherwise");
                 assert!(is_end && self.model.is_final && self.complete.is_none());
                 let StreamNote::End { root, .. } = note else {
                     unreachable!("only an end completes");
@@ -340,6 +393,23 @@ impl Scene {
                 assert_eq!(number, self.model.iteration);
             }
             Some(Event::Begun { .. }) | None => assert!(!is_end),
+            Some(Event::Dumped(dumped)) => {
+                assert!(is_end && self.is_session && self.complete.is_none());
+                assert_eq!(
+                    Some(dumped.root),
+                    self.model.root(),
+                    "the root of what arrived"
+                );
+                let fresh: usize = dumped.files.iter().map(|(_, pages)| pages.len()).sum();
+                assert_eq!(fresh as u64, dumped.fresh_pages);
+                let directory = self.directory.join("m").join(FINAL);
+                if dumped.needs_held {
+                    // As the store does.
+                    let link = std::os::unix::fs::symlink("../1", directory.join("parent"));
+                    link.expect("a link can be made");
+                }
+                self.complete = Some((directory, dumped.pages));
+            }
         }
         Some(())
     }
@@ -642,6 +712,27 @@ pub fn standby_seeds() -> Vec<(&'static str, Vec<u8>)> {
             ),
         ),
         ("raw-note", raw_note),
+        (
+            "pages-left-and-changed",
+            join(
+                0x80,
+                &[&[&FINAL, &[3, 0, 0, 2, 3, 0, 0, 0, 77], &[4, 0, 0], &END]],
+            ),
+        ),
+        (
+            "pages-copied-from-the-set",
+            join(
+                0x81,
+                &[&[
+                    &FINAL,
+                    &[1, 14],
+                    &[3, 1, 0, 1, 2, 1, 0, 2],
+                    &[4, 0, 1],
+                    &[4, 1, 0],
+                    &END,
+                ]],
+            ),
+        ),
     ]
 }
 

@@ -92,6 +92,7 @@ impl TransferError {
             Self::Read { .. } => FailureCode::Internal,
             Self::Store(StoreError::Foreign(_) | StoreError::NotYours(_)) => FailureCode::Name,
             Self::Store(StoreError::Damaged { .. }) => FailureCode::Held,
+            Self::Store(StoreError::Overtaken(_)) => FailureCode::Cancelled,
             Self::Store(_) => FailureCode::Storage,
             Self::Cancelled => FailureCode::Cancelled,
         };

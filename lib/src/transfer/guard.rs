@@ -1,18 +1,23 @@
 //! The guard: a small process beside a migration that outlives the program that drives it.
 //!
 //! It does nothing but wait for the end of its standard input, whose other end only that program
-//! holds. Then it looks at the journals: those that nobody takes care of any more it finishes, as
-//! `crxfer recover` does.
+//! holds; meanwhile it holds the private memory of migrations that are under way ([`line`]). Then it
+//! looks at the journals: those that nobody takes care of any more it finishes, as `crxfer recover`
+//! does.
+
+mod line;
 
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use self::line::{End, Held, Line};
 use super::finish::{
     DestinationOutcome, FinishError, FinishOptions, SourceOutcome, clear_source,
     finish_destination, finish_source,
@@ -22,7 +27,9 @@ use super::recv::stand_in::{self, StandIn};
 use crate::handover::{
     DestinationState, Journal, JournalError, Lease, SourceState, Verdict, journal::State,
 };
+use crate::sink::Holder;
 use crate::transport;
+use crate::wire::MigrationId;
 
 /// Between looks at journals that are not finished yet.
 const ROUND: Duration = Duration::from_millis(500);
@@ -86,7 +93,7 @@ impl GuardSide {
 #[derive(Debug)]
 pub struct Guard {
     child: Child,
-    pipe: Option<ChildStdin>,
+    line: Line,
 }
 
 impl Guard {
@@ -103,21 +110,21 @@ impl Guard {
             .append(true)
             .mode(0o600)
             .open(log)?;
+        let (line, theirs) = line::pair()?;
         let mut command = Command::new(&guard.program);
         command
             .args(&guard.args)
             .args(["--side", side.as_str(), "--state"])
             .arg(std::path::absolute(state)?)
-            .stdin(Stdio::piped())
+            .stdin(Stdio::from(theirs))
             .stdout(log.try_clone()?)
             .stderr(log);
         for variable in pause::VARIABLES {
             command.env_remove(variable);
         }
         crate::sys::own_session(&mut command);
-        let mut child = command.spawn()?;
-        let pipe = child.stdin.take();
-        Ok(Self { child, pipe })
+        let child = command.spawn()?;
+        Ok(Self { child, line })
     }
 
     /// Its process.
@@ -125,12 +132,23 @@ impl Guard {
         self.child.id()
     }
 
+    /// Has it hold the directory `what` of a migration, which must outlive this process and has no
+    /// name. Blocks for a moment; fails where the guard is gone or hangs.
+    pub fn hold(&self, id: MigrationId, what: BorrowedFd<'_>) -> io::Result<Holder> {
+        let number = self.line.hold(id, what)?;
+        let holder = Holder::of(self.pid(), number);
+        holder.ok_or_else(|| io::Error::other("the guard has ended"))
+    }
+
+    /// Has it let go of what it holds for that migration.
+    pub fn release(&self, id: MigrationId) -> io::Result<()> {
+        self.line.release(id)
+    }
+
     /// Tells it that nothing is left to do, and waits a moment for its end. Blocks.
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     pub fn dismiss(mut self) {
-        if let Some(mut pipe) = self.pipe.take() {
-            let _ = pipe.write_all(b".");
-        }
+        let _ = self.line.dismiss();
         let until = Instant::now() + END_TIME;
         while let Ok(None) = self.child.try_wait() {
             if Instant::now() >= until {
@@ -149,14 +167,9 @@ pub fn run_guard(state: &Path, side: GuardSide) -> Result<(), JournalError> {
     // In the parent's directory: the hooks may be relative to it.
     // Its number, to tell its word from that of the next one.
     let parent = std::os::unix::process::parent_id();
-    let mut byte = [0];
-    loop {
-        match io::stdin().lock().read(&mut byte) {
-            Ok(0) => break,
-            Ok(_) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => break,
-        }
+    let mut held = Held::new();
+    if line::wait(io::stdin().lock(), &mut held) == End::Dismissed {
+        return Ok(());
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -168,13 +181,17 @@ pub fn run_guard(state: &Path, side: GuardSide) -> Result<(), JournalError> {
     })?;
     runtime.block_on(async {
         match side {
-            GuardSide::Source => look_after::<SourceState>(state, parent).await,
-            GuardSide::Destination => look_after::<DestinationState>(state, parent).await,
+            GuardSide::Source => look_after::<SourceState>(state, parent, held).await,
+            GuardSide::Destination => look_after::<DestinationState>(state, parent, held).await,
         }
     })
 }
 
-async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), JournalError> {
+async fn look_after<S: Guarded>(
+    state: &Path,
+    parent: u32,
+    mut held: Held,
+) -> Result<(), JournalError> {
     let mut quiet = 0;
     let mut settled = Vec::new();
     let mut place = None;
@@ -197,6 +214,7 @@ async fn look_after<S: Guarded>(state: &Path, parent: u32) -> Result<(), Journal
             let journal = Journal::<S>::open(state, *id).ok().flatten();
             !journal.is_some_and(|journal| journal.read().is_ok_and(|it| S::is_urgent(it.state())))
         });
+        held.retain(|id, _| listed.contains(id) && S::needs_images(state, *id));
         for id in listed {
             if settled.contains(&id) {
                 continue;
@@ -289,6 +307,11 @@ trait Guarded: State {
     /// Whether a workload may be standing still.
     fn is_urgent(state: Self) -> bool;
 
+    /// Whether somebody may still want the images of that migration.
+    fn needs_images(_state: &Path, _id: MigrationId) -> bool {
+        false
+    }
+
     /// Answers the other hosts in the place of `parent`; true while one is being answered.
     async fn stand_in(_place: &mut Option<StandIn>, _state: &Path, _parent: u32) -> bool {
         false
@@ -347,6 +370,15 @@ impl Guarded for SourceState {
 impl Guarded for DestinationState {
     fn is_urgent(state: Self) -> bool {
         state == Self::Resuming
+    }
+
+    fn needs_images(state: &Path, id: MigrationId) -> bool {
+        let journal = Journal::<Self>::open(state, id).ok().flatten();
+        // One that cannot be read now can be later.
+        journal.is_none_or(|journal| {
+            let state = journal.read().map(|history| history.state());
+            !matches!(state, Ok(Self::Running | Self::Removed | Self::Over))
+        })
     }
 
     async fn stand_in(place: &mut Option<StandIn>, state: &Path, parent: u32) -> bool {

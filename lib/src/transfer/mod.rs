@@ -15,15 +15,18 @@ pub mod guard;
 mod memo;
 pub mod migrate;
 mod pack;
+pub mod pages;
 mod pause;
 mod plan;
 mod recv;
 mod send;
+mod stream_capture;
 
 pub use error::TransferError;
 pub use event::{Event, Events, Received};
 pub use recv::{ReceiveOptions, Receiver, RestoreHost};
 pub use send::{SendOptions, SendReport, Target, send};
+pub use stream_capture::{StreamError, StreamMoment, StreamOptions, StreamReport, stream_capture};
 
 /// Name and version of this program, as told to the peer.
 pub(crate) fn software() -> String {

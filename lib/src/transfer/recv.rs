@@ -2,8 +2,10 @@
 
 mod incoming;
 mod meeting;
+mod memories;
 mod migration;
 pub(super) mod orphans;
+mod pages;
 mod record;
 pub(super) mod restore;
 mod serve;
@@ -16,13 +18,14 @@ use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
 use self::meeting::Meetings;
+use self::memories::{Guarding, Memories};
 pub(super) use self::migration::check_images;
 use self::serve::serve;
 use super::TransferError;
@@ -30,8 +33,10 @@ use super::event::{Event, Events};
 use super::guard::{Guard, GuardProgram, GuardSide};
 use crate::hooks::Hooks;
 use crate::identity::Fingerprint;
+use crate::preflight;
 use crate::runtime::RestoreCommand;
-use crate::store::{ServingLock, Store, Tried as _};
+use crate::sink::{Memory, SinkKind, Tmpfs};
+use crate::store::{ServingLock, Store, StoreError, Tried as _};
 use crate::ticket::{Secret, Ticket};
 use crate::transport::{self, BindError, CloseCode, Identity, Incoming, Server, Trust};
 use crate::wire::Layout;
@@ -67,6 +72,11 @@ pub struct ReceiveOptions {
     pub transport: transport::Options,
     /// Who is told what happens.
     pub events: Events,
+    /// Where sets and the images of migrations are kept. A migration may ask for memory by itself.
+    pub sink: SinkKind,
+    /// Bytes that a sink in memory may take. Without it: for sets half of the memory that is
+    /// available, for a migration what its memory needs.
+    pub sink_bytes: Option<u64>,
 }
 
 /// How trees are restored on this host.
@@ -89,7 +99,6 @@ pub struct Receiver {
     shared: Arc<Shared>,
     ticket: Option<Ticket>,
     addresses: Vec<SocketAddr>,
-    guard: Mutex<Option<Guard>>,
 }
 
 /// What all connections of one receiver have in common.
@@ -102,6 +111,7 @@ struct Shared {
     restore: Option<RestoreHost>,
     state: PathBuf,
     meetings: Meetings,
+    memories: Memories,
     secret: Option<Secret>,
     pinned: bool,
     events: Events,
@@ -112,7 +122,7 @@ struct Shared {
 impl Receiver {
     /// Opens the directory and the sockets. Must be called inside a tokio runtime.
     pub fn bind(options: ReceiveOptions) -> Result<Self, TransferError> {
-        let store = Store::open(&options.directory)?;
+        let store = open_store(&options)?;
         if options.restore.is_some() {
             orphans::adopt();
             // Also those of copies that are not wanted: CRIU kills them, and they are ours then.
@@ -121,11 +131,11 @@ impl Receiver {
         let lock = store.serve()?;
         let identity = match options.identity.clone() {
             Some(identity) => identity,
-            None => Identity::load_or_create(&store.state_path("identity.pem"))?,
+            None => Identity::load_or_create(&store.home_path("identity.pem"))?,
         };
         let fingerprint = identity.fingerprint();
         let state = options.state.clone();
-        let state = state.unwrap_or_else(|| store.state_path("state"));
+        let state = state.unwrap_or_else(|| store.home_path("state"));
         let pinned = !options.peers.is_empty();
         let trust = if pinned {
             Trust::Pinned(options.peers.clone())
@@ -148,14 +158,23 @@ impl Receiver {
             .as_ref()
             .map(|secret| Ticket::new(addresses.clone(), fingerprint, secret.clone()));
         let waiting = unfinished::tidy(&store, &state)?;
-        let guard = match (&options.guard, &options.restore) {
-            (Some(guard), Some(_)) => Some(start_guard(guard, &state)?),
-            _ => None,
-        };
+        let program = options.guard.filter(|_| options.restore.is_some());
+        let guard = program.as_ref().map(|program| start_guard(program, &state));
+        let guard = guard.transpose()?;
         if guard.is_some() {
             let left = stand_in::leave_word(&state, &server, &identity, &options.peers);
             left.tried("leave word in", &state)?;
         }
+        let memories = Memories {
+            kind: options.sink,
+            limit: options.sink_bytes,
+            guarding: Guarding {
+                program,
+                state: state.clone(),
+                guard: Mutex::new(guard),
+            },
+            held: Mutex::default(),
+        };
         let shared = Shared {
             store,
             layout: options.layout,
@@ -164,6 +183,7 @@ impl Receiver {
             restore: options.restore,
             state,
             meetings: Meetings::default(),
+            memories,
             secret,
             pinned,
             events: options.events,
@@ -177,7 +197,6 @@ impl Receiver {
             shared,
             ticket: ticket.transpose()?,
             addresses,
-            guard: Mutex::new(guard),
         })
     }
 
@@ -219,8 +238,7 @@ impl Receiver {
             .close(CloseCode::ShuttingDown, "the receiver was stopped")
             .await;
         if !unfinished::is_anything(&self.shared) {
-            let guard = self.guard.lock();
-            let guard = guard.unwrap_or_else(PoisonError::into_inner).take();
+            let guard = self.shared.memories.guarding.guard().take();
             let dismissing = spawn_blocking(|| guard.map(Guard::dismiss));
             let _ = dismissing.await;
             stand_in::forget(&self.shared.state, std::process::id());
@@ -251,6 +269,30 @@ impl Receiver {
             });
         }
     }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        // Connections that are still served may keep the rest of it alive.
+        drop(self.shared.memories.guarding.guard().take());
+    }
+}
+
+fn open_store(options: &ReceiveOptions) -> Result<Store, TransferError> {
+    let directory = &options.directory;
+    Ok(match options.sink {
+        SinkKind::Disk => Store::open(directory)?,
+        SinkKind::Tmpfs => {
+            Tmpfs::open(directory).map_err(StoreError::from)?;
+            Store::open(directory)?
+        }
+        SinkKind::Memory => {
+            let bytes = options.sink_bytes;
+            let bytes = bytes.unwrap_or_else(|| preflight::memory_available() / 2);
+            let memory = Memory::create(bytes).map_err(StoreError::from)?;
+            Store::open_over(directory, Arc::new(memory))?
+        }
+    })
 }
 
 // The guard of a receiver that has died may be in this one's place.

@@ -140,6 +140,7 @@ pub async fn send(options: SendOptions) -> Result<SendReport, TransferError> {
 
 /// Ends the connection when the transfer is dropped: tasks that read from it would keep it open, and
 /// the destination would wait for the rest.
+#[derive(Debug)]
 pub(super) struct EndOnDrop(pub(super) Connection);
 
 impl Drop for EndOnDrop {

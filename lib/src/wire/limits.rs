@@ -66,3 +66,9 @@ pub const ITERATIONS: u32 = 1000;
 
 /// Pages of an address space or segment: 64 bits of addresses in pages of 4 KiB.
 pub const PAGES: u64 = 1 << 52;
+
+/// Pages in one `PagesHeld` message: with a run for each they take less than 800 KiB.
+pub const HELD_PAGES_PER_MESSAGE: usize = 16 << 10;
+
+/// Pages that a destination may list: 1 TiB of 4 KiB pages.
+pub const HELD_PAGES: u64 = 1 << 28;

@@ -3,7 +3,7 @@
 use crxfer_proto::v1;
 use prost::Message as _;
 
-use super::{BlockId, Step, limits};
+use super::{BlockId, PagesStep, Step, limits};
 use crate::delta::{BadName, FileMeta, FileName, SetName};
 use crate::digest::Digest;
 use crate::page::{BadPageSize, PageSize};
@@ -278,6 +278,8 @@ pub enum Message {
     Working,
     /// Either: a step of a live migration, since version 2.
     Migration(Step),
+    /// Either: a step of a page session, since version 3.
+    Pages(PagesStep),
     /// Destination: the set is stored and visible.
     Published(Published),
     /// Either: the end.
@@ -364,6 +366,7 @@ impl Message {
             }),
             Self::Working => Body::Working(v1::Working {}),
             Self::Migration(step) => Body::Migration(step.to_proto()),
+            Self::Pages(step) => Body::Pages(step.to_proto()),
             Self::Published(published) => Body::Published(published.to_proto()),
             Self::Failure(failure) => Body::Failure(v1::Failure {
                 code: failure.to_proto_code() as i32,
@@ -455,6 +458,7 @@ impl Message {
                 },
                 Body::Working(v1::Working {}) => Self::Working,
                 Body::Migration(migration) => Self::Migration(Step::from_proto(migration)?),
+                Body::Pages(pages) => Self::Pages(PagesStep::from_proto(pages)?),
                 Body::Published(published) => Self::Published(Published::from_proto(published)?),
                 Body::Failure(failure) => Self::Failure(Failure::from_proto(&failure)),
             },

@@ -6,6 +6,7 @@ mod frame;
 pub mod limits;
 mod message;
 mod migration;
+mod pages;
 
 pub use frame::{
     Codec, FrameError, FrameHeader, HEADER_LEN, Op, decode_ops, decode_page_ops, encode_ops,
@@ -19,13 +20,20 @@ pub use migration::{
     RestoreOptions, Step, StreamNote, Verdict,
 };
 
+pub use pages::{
+    Generation, HeldRun, PagesHeld, PagesOffer, PagesOffered, PagesStep, PagesStored, held_messages,
+};
+
 use crate::digest::Digest;
 
-/// The version of the session protocol that this build speaks, highest last.
-pub const VERSIONS: std::ops::RangeInclusive<u32> = 1..=2;
+/// The versions of the session protocol that this build speaks, highest last.
+pub const VERSIONS: std::ops::RangeInclusive<u32> = 1..=3;
 
-/// The first version that knows live migration.
+/// The first version that knows live migration. Sets and migrations need nothing later.
 pub const MIGRATION_VERSION: u32 = 2;
+
+/// The first version that knows page sessions.
+pub const PAGES_VERSION: u32 = 3;
 
 /// The short id by which blocks are asked for: the first 16 bytes of the digest.
 ///

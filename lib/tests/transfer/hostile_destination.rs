@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,6 +12,7 @@ use crxfer::hooks::{Hooks, Side};
 use crxfer::precopy::Goals;
 use crxfer::preflight;
 use crxfer::session::migration::Owner;
+use crxfer::testing::SmallDisk;
 use crxfer::ticket::{Role, Secret, Ticket, proof};
 use crxfer::transfer::Target;
 use crxfer::transfer::migrate::{
@@ -300,6 +300,7 @@ fn options(pid: u32, work: &Path, target: Target, events: MigrateEvents) -> Migr
         dry_run: false,
         bytes_per_s: None,
         read_bytes_per_s: None,
+        mode: crxfer::transfer::migrate::Mode::Disk,
         work: work.to_owned(),
         // Beside it: in the work directory nothing may be left.
         state: work.with_file_name("state"),
@@ -328,11 +329,18 @@ async fn lied_to(lie: Lie) -> (MigrateFailure, bool, Duration) {
     let froze = Arc::new(Mutex::new(false));
     let saw = froze.clone();
     let state = place.path().join("state");
-    let disk = (lie == Lie::FullDiskHere).then(|| SmallDisk::mount(&state));
-    let small = disk.is_some();
+    let disk = (lie == Lie::FullDiskHere).then(|| {
+        SmallDisk::mount(&state, 256)
+            .unwrap()
+            .expect("root may mount")
+    });
     let events = MigrateEvents::new(move |event| match event {
         MigrateEvent::Freezing => *saw.lock().unwrap() = true,
-        MigrateEvent::Built if small => fill(&state),
+        MigrateEvent::Built => {
+            if let Some(disk) = &disk {
+                fill(disk, &state);
+            }
+        }
         _ => {}
     });
     let work = place.path().join("work");
@@ -360,47 +368,17 @@ async fn lied_to(lie: Lie) -> (MigrateFailure, bool, Duration) {
     let panicked = serving.await.is_err_and(|error| error.is_panic());
     assert!(!panicked, "{lie:?}");
     let froze = *froze.lock().unwrap();
-    drop(disk);
     (failure, froze, pause)
 }
 
-/// A file system of its own, small enough to be filled.
-struct SmallDisk(std::path::PathBuf);
-
-impl SmallDisk {
-    fn mount(at: &Path) -> Self {
-        fs::create_dir(at).unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"]);
-        assert!(mount.arg(at).status().unwrap().success(), "root may mount");
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 /// Leaves no room in `state` for another line of its journal, once the tree is being fenced.
-fn fill(state: &Path) {
-    const PAGE: u64 = 4096;
+fn fill(disk: &SmallDisk, state: &Path) {
     let id = Journal::<SourceState>::list(state).unwrap()[0];
     let journal = Journal::<SourceState>::open(state, id).unwrap().unwrap();
     while journal.read().unwrap().state() != SourceState::Fencing {
         std::thread::sleep(Duration::from_millis(1));
     }
-    let file = journal.directory().join("journal");
-    let length = || fs::metadata(&file).unwrap().len();
-    // Only what is new is written: the same line once more is as much longer as the name.
-    let before = length();
-    journal.note(|about| about.name.push('x')).unwrap();
-    let short = PAGE - (2 * length() - before) % PAGE;
-    let more = "x".repeat(usize::try_from(short).unwrap());
-    journal.note(|about| about.name += &more).unwrap();
-    assert_eq!(length() % PAGE, 0, "its last page is full");
-    fs::write(state.join("filler"), vec![0; 1 << 20]).unwrap_err();
+    disk.fill(&journal);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,6 +8,8 @@ mod images;
 mod interrupted;
 mod layouts;
 mod meeting;
+mod pages;
+mod pages_criu;
 mod peers;
 mod remembered;
 mod support;

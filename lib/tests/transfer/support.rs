@@ -45,6 +45,8 @@ pub(crate) fn receive_options(dir: &Path, layout: Layout) -> ReceiveOptions {
         peers: Vec::new(),
         transport: transport::Options::default(),
         events: Events::none(),
+        sink: crxfer::sink::SinkKind::Disk,
+        sink_bytes: None,
     }
 }
 

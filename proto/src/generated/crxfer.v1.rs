@@ -485,9 +485,100 @@ impl Keeping {
         }
     }
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Pages {
+    #[prost(oneof = "pages::Step", tags = "1, 2, 3, 4")]
+    pub step: ::core::option::Option<pages::Step>,
+}
+/// Nested message and enum types in `Pages`.
+pub mod pages {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Step {
+        #[prost(message, tag = "1")]
+        Offer(super::PagesOffer),
+        #[prost(message, tag = "2")]
+        Offered(super::PagesOffered),
+        #[prost(message, tag = "3")]
+        Held(super::PagesHeld),
+        #[prost(message, tag = "4")]
+        Stored(super::PagesStored),
+    }
+}
+/// source -> destination, in place of QueryHeld: the memory of one dump or pre-dump would like to
+/// become the next generation of a name.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PagesOffer {
+    /// of the set
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub page_size: u64,
+    /// of which the source knows all digests; 0: of none
+    #[prost(uint64, tag = "3")]
+    pub known_generation: u64,
+    /// its root digest: 32 bytes, empty without a generation
+    #[prost(bytes = "vec", tag = "4")]
+    pub known_root: ::prost::alloc::vec::Vec<u8>,
+}
+/// destination -> source: what it holds under that name.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PagesOffered {
+    /// 0: nothing that can be built on
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// its root digest: 32 bytes, empty without a generation
+    #[prost(bytes = "vec", tag = "2")]
+    pub root: ::prost::alloc::vec::Vec<u8>,
+    /// PagesHeld follow: the source does not know this generation
+    #[prost(bool, tag = "3")]
+    pub listed: bool,
+    /// no dump for this name was lost since: CRIU may leave out pages
+    #[prost(bool, tag = "4")]
+    pub continues: bool,
+}
+/// destination -> source: the next pages that it holds, in ascending order of memory and page.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PagesHeld {
+    /// of memory: 1 a task's, 2 a shared segment
+    #[prost(uint32, tag = "1")]
+    pub kind: u32,
+    /// pid, or shmid
+    #[prost(uint64, tag = "2")]
+    pub id: u64,
+    /// number of each run's first page
+    #[prost(uint64, repeated, tag = "3")]
+    pub first: ::prost::alloc::vec::Vec<u64>,
+    /// pages of each run
+    #[prost(uint32, repeated, tag = "4")]
+    pub count: ::prost::alloc::vec::Vec<u32>,
+    /// 32 bytes for each page of all runs
+    #[prost(bytes = "vec", tag = "5")]
+    pub digests: ::prost::alloc::vec::Vec<u8>,
+    /// nothing more is held
+    #[prost(bool, tag = "6")]
+    pub last: bool,
+}
+/// destination -> source: the dump is checked, stored (durably where the place is) and visible.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PagesStored {
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// of the dump
+    #[prost(uint64, tag = "2")]
+    pub pages: u64,
+    /// of these, pages that the generation before does not have there
+    #[prost(uint64, tag = "3")]
+    pub fresh_pages: u64,
+    /// bytes of pages written for it
+    #[prost(uint64, tag = "4")]
+    pub stored_bytes: u64,
+    /// a sentence each for the operator
+    #[prost(string, repeated, tag = "5")]
+    pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Control {
-    #[prost(oneof = "control::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17")]
+    #[prost(oneof = "control::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18")]
     pub body: ::core::option::Option<control::Body>,
 }
 /// Nested message and enum types in `Control`.
@@ -529,6 +620,9 @@ pub mod control {
         /// since version 2
         #[prost(message, tag = "17")]
         Migration(super::Migration),
+        /// since version 3
+        #[prost(message, tag = "18")]
+        Pages(super::Pages),
     }
 }
 /// source -> destination, first message.

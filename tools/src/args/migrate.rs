@@ -9,7 +9,7 @@ use crxfer::delta::SetName;
 use crxfer::hooks::{Hook, HookSyntaxError, Hooks, Side};
 use crxfer::identity::Fingerprint;
 use crxfer::precopy::{Goals, OnSlow};
-use crxfer::transfer::migrate::Precopy;
+use crxfer::transfer::migrate::{Mode, Precopy};
 
 use super::container::{ContainerArgs, RuntimeArgs};
 use super::recover::SafetyArgs;
@@ -68,7 +68,12 @@ pub(crate) struct MigrateArgs {
     #[arg(long, value_enum, default_value_t = PrecopyArg::Auto)]
     pub(crate) precopy: PrecopyArg,
 
-    /// Directory for the last, small images, best on a tmpfs [default: /run/crxfer]
+    /// Where images are until the workload runs on the other host
+    #[arg(long, value_enum, default_value_t = ModeArg::Diskless)]
+    pub(crate) mode: ModeArg,
+
+    /// Directory for the last, small images; with --mode diskless only for CRIU's log if it fails
+    /// [default: /run/crxfer]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) work: Option<PathBuf>,
 
@@ -102,6 +107,28 @@ pub(crate) struct MigrateArgs {
 
     #[command(flatten)]
     pub(crate) transport: TransportArgs,
+}
+
+/// `--mode`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ModeArg {
+    /// In directories: --work here, the receiving directory there
+    Disk,
+    /// As disk; --work must be on a tmpfs
+    Tmpfs,
+    /// In memory only, on both hosts: no file of them is visible, and nothing is left whatever dies. If
+    /// the other host crashes before the workload runs there, they are lost, and it runs on here
+    Diskless,
+}
+
+impl From<ModeArg> for Mode {
+    fn from(mode: ModeArg) -> Self {
+        match mode {
+            ModeArg::Disk => Self::Disk,
+            ModeArg::Tmpfs => Self::Tmpfs,
+            ModeArg::Diskless => Self::Diskless,
+        }
+    }
 }
 
 /// When to freeze.

@@ -26,6 +26,7 @@ pub(super) fn done(report: &MigrationReport) -> Value {
         },
         "id": report.id.to_string(),
         "name": report.name,
+        "mode": report.mode.as_str(),
         "downtime_ms": report.downtime.map(ms),
         "downtime_error_ms": report.downtime.and(report.clock).map(|clock| nanos(clock.error_ns)),
         "total_ms": ms(report.total),
@@ -168,7 +169,7 @@ mod tests {
         let value = done(&made_up());
         assert_eq!(
             keys(&value).join(" "),
-            "event outcome id name downtime_ms downtime_error_ms total_ms predicted_downtime_ms \
+            "event outcome id name mode downtime_ms downtime_error_ms total_ms predicted_downtime_ms \
              iterations why_frozen final phases wire_bytes wire_sent_bytes wire_received_bytes criu \
              clock_offset_ms clock_error_ms pid method checks notes"
         );

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crxfer::image::DumpStats;
 use crxfer::precopy::Accuracy;
 use crxfer::session::migration::ClockOffset;
-use crxfer::transfer::migrate::{IterationReport, MigrationReport, PhaseReport};
+use crxfer::transfer::migrate::{IterationReport, MigrationReport, Mode, PhaseReport};
 
 use super::json::FROZEN_NOTE;
 use super::progress::{milliseconds, rate};
@@ -51,8 +51,19 @@ fn headline(report: &MigrationReport) -> Vec<String> {
     lines.push(item("total", &format!("{total}{of_total}")));
     let wire = format!("{} sent, {} received", Bytes(sent), Bytes(received));
     lines.push(item("on the wire", &wire));
+    lines.push(item("mode", mode(report.mode)));
     lines.extend(report.clock.map(|clock| item("clocks", &clocks(clock))));
     lines
+}
+
+fn mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Disk => "disk",
+        Mode::Tmpfs => "tmpfs",
+        Mode::Diskless => {
+            "diskless: no image was in a file system; had the destination crashed before the copy ran, it would have lost them"
+        }
+    }
 }
 
 fn item(name: &str, text: &str) -> String {

@@ -36,8 +36,8 @@ impl Side {
 
 #[derive(Debug)]
 enum Record {
-    Source(Journal<SourceState>, History<SourceState>),
-    Destination(Journal<DestinationState>, History<DestinationState>),
+    Source(Journal<SourceState>, Box<History<SourceState>>),
+    Destination(Journal<DestinationState>, Box<History<DestinationState>>),
 }
 
 /// One migration of which there is a record.
@@ -109,9 +109,10 @@ impl Found {
     fn open(root: &Path, id: MigrationId, side: Side) -> Result<Option<Self>, Failed> {
         let opened = match side {
             Side::Source => open(root, id)?
-                .map(|(journal, history, held)| (Record::Source(journal, history), held)),
-            Side::Destination => open(root, id)?
-                .map(|(journal, history, held)| (Record::Destination(journal, history), held)),
+                .map(|(journal, history, held)| (Record::Source(journal, Box::new(history)), held)),
+            Side::Destination => open(root, id)?.map(|(journal, history, held)| {
+                (Record::Destination(journal, Box::new(history)), held)
+            }),
         };
         Ok(opened.map(|(record, held)| Self {
             id,

@@ -207,3 +207,53 @@ fn logs_are_written_only_when_asked_for() {
     assert_eq!((quiet.code, quiet.stderr.as_str()), (Some(0), ""));
     assert_eq!(recv.ended().stderr, "");
 }
+
+#[test]
+fn sets_in_memory_are_found_by_the_directory_and_gone_with_their_receiver() {
+    if !rustix::process::geteuid().is_root() {
+        println!("not tried: a file system in memory needs root");
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let options = ["--sink", "memory", "--sink-size", "64M"];
+    let (recv, ticket) = sandbox.recv(&options).ticket();
+    let send = |name| sandbox.send(&fixture("shm-tree/3"), &ticket, &["--name", name]);
+    send("a").done();
+    send("b").done();
+    let path = sandbox.path("recv");
+    assert!(published(&path).is_empty());
+    assert!(!path.join(".crxfer/sets").exists());
+    let listed = sandbox.run(&["list", "--json", "recv"]).done();
+    assert_eq!(listed["sets"].as_array().unwrap().len(), 2);
+    let inspected = sandbox.run(&["inspect", "--json", "recv/a"]).done();
+    assert_eq!(inspected["completeness"]["state"], "complete");
+    for place in ["recv", "recv/b"] {
+        let verified = sandbox.run(&["verify", "--json", place]);
+        assert_eq!(verified.events()[0]["sound"], true, "{verified:?}");
+    }
+    assert_eq!(sandbox.run(&["rm", "recv", "a"]).code, Some(0));
+    recv.signal(rustix::process::Signal::KILL);
+    recv.ended();
+    let gone = sandbox.run(&["list", "recv"]);
+    gone.refused(3, &["recv", "has ended, and are gone"]);
+    // What takes its place leads there again.
+    let (_recv, ticket) = sandbox.recv(&[]).ticket();
+    sandbox
+        .send(&fixture("shm-tree/1"), &ticket, &["--name", "c"])
+        .done();
+    assert_eq!(published(&path), ["c"]);
+}
+
+#[test]
+fn full_memory_is_said_as_of_a_full_disk() {
+    if !rustix::process::geteuid().is_root() {
+        println!("not tried: a file system in memory needs root");
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let (_recv, ticket) = sandbox
+        .recv(&["--sink", "memory", "--sink-size", "1M"])
+        .ticket();
+    let sent = sandbox.send(&fixture("shm-tree/3"), &ticket, &["--name", "a"]);
+    sent.refused(7, &["no space left on the device"]);
+}

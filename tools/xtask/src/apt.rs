@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 
 use crate::run;
 
-/// A program and the Debian package that brings it.
+/// A program, or a file by its full path, and the Debian package that brings it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Needed {
     pub(crate) program: &'static str,
@@ -73,7 +73,7 @@ pub(crate) const NODE: Needed = Needed {
 pub(crate) fn ensure(needed: &[Needed]) -> Result<()> {
     let mut packages: Vec<&str> = needed
         .iter()
-        .filter(|one| run::find_program(one.program).is_none())
+        .filter(|one| !is_there(one.program))
         .map(|one| one.package)
         .collect();
     packages.dedup();
@@ -88,6 +88,13 @@ pub(crate) fn ensure(needed: &[Needed]) -> Result<()> {
         bail!("missing: {list}; install them as root: apt-get install {list}");
     }
     install(&packages)
+}
+
+fn is_there(program: &str) -> bool {
+    match program.starts_with('/') {
+        true => Path::new(program).exists(),
+        false => run::find_program(program).is_some(),
+    }
 }
 
 fn install(packages: &[&str]) -> Result<()> {

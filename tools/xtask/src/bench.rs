@@ -1,8 +1,11 @@
 //! `cargo xtask bench`: whole transfers against a bare QUIC copy, in pairs that take turns; with
-//! `--kind migrate`, whole migrations against other ways to move a process.
+//! `--kind migrate`, whole migrations against other ways to move a process; with `--kind modes`, each
+//! mode against the studies' own commands for it; with `--kind lxc`, LXC containers against LXC's own tool.
 
 pub(crate) mod baseline;
+mod lxc;
 mod migrate;
+mod modes;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +29,8 @@ pub(crate) struct Options {
     /// Pairs of runs; medians are shown
     #[arg(long, default_value_t = 5)]
     pairs: usize,
-    /// What the pages are: random, text, mixed, … Or "migrate": moves a running memcached
+    /// What the pages are: random, text, mixed, … Or "migrate": moves a running memcached; "modes": three
+    /// workloads by tmpfs and disk-less, each against the studies' commands; "lxc": LXC containers
     #[arg(long, default_value = "random")]
     kind: String,
     /// Rate of the line between the hosts, in Mb/s (migrate)
@@ -62,6 +66,12 @@ struct Bench {
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.kind == "migrate" {
         return migrate::run(options);
+    }
+    if options.kind == "modes" {
+        return modes::run(options);
+    }
+    if options.kind == "lxc" {
+        return lxc::run(options);
     }
     // In memory, where the machine has such a place: disks would be measured otherwise.
     let bench = Bench {

@@ -117,10 +117,22 @@ impl Criu {
 
     /// Writes what the running tree of `pid` has in memory to `directory`, which is created.
     pub(crate) fn pre_dump(&self, host: &Host, pid: u32, directory: &Path) -> Result<()> {
+        self.pre_dump_with(host, pid, directory, &[])
+    }
+
+    /// The same with `more` options.
+    pub(crate) fn pre_dump_with(
+        &self,
+        host: &Host,
+        pid: u32,
+        directory: &Path,
+        more: &[&str],
+    ) -> Result<()> {
         fs::create_dir_all(directory)?;
         let mut command = host.command(&self.program);
         command.args(["pre-dump", "--track-mem", "-v2", "-o", "dump.log"]);
         command.args(["-t", &pid.to_string(), "-D"]).arg(directory);
+        command.args(more);
         run::quiet(&mut command).with_context(|| log_of(&directory.join("dump.log")))?;
         Ok(())
     }

@@ -17,6 +17,7 @@ mod e2e;
 mod hosts;
 mod kill;
 mod licences;
+mod lxc;
 mod proto;
 mod run;
 mod scratch;

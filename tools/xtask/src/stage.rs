@@ -12,6 +12,9 @@ use crate::workload::{Memcached, Values, Workload};
 /// Bytes of one value.
 const VALUE_BYTES: usize = 100_000;
 
+/// Starts a program with arguments on A of the network, and gives its pid there.
+type Start<'a> = dyn Fn(&Network, &Path, &[&str]) -> Result<u32> + 'a;
+
 /// A memcached on A with a client that polls and one that writes, both on C.
 #[derive(Debug)]
 pub(crate) struct Stage {
@@ -46,12 +49,7 @@ impl Stage {
     }
 
     /// The same with a memcached that `start` starts.
-    pub(crate) fn start_by(
-        rate: Rate,
-        mib: u64,
-        writes: u32,
-        start: &dyn Fn(&Network, &Path, &[&str]) -> Result<u32>,
-    ) -> Result<Self> {
+    pub(crate) fn start_by(rate: Rate, mib: u64, writes: u32, start: &Start<'_>) -> Result<Self> {
         let network = Network::new(rate)?;
         let count = usize::try_from(mib)? * 1_000_000 / VALUE_BYTES;
         let mut memcached = Memcached::serving(Values::new(count, VALUE_BYTES));

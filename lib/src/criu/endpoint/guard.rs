@@ -68,17 +68,20 @@ pub(super) struct Guarded<S> {
     maker: Arc<Maker<S>>,
     shared: Arc<Shared>,
     sink: Option<S>,
-    /// Whether any memory was opened.
-    opened: bool,
+    /// Whether CRIU has images of a dump before, on which this one can build.
+    continues: bool,
+    /// Whether any memory came, or was said to be in the parent.
+    filled: bool,
 }
 
 impl<S: PageSink + Send + 'static> Guarded<S> {
-    pub(super) fn new(maker: Arc<Maker<S>>, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(maker: Arc<Maker<S>>, shared: Arc<Shared>, continues: bool) -> Self {
         Self {
             maker,
             shared,
             sink: None,
-            opened: false,
+            continues,
+            filled: false,
         }
     }
 
@@ -117,27 +120,32 @@ impl<S: PageSink + Send + 'static> Guarded<S> {
 }
 
 impl<S: PageSink + Send + 'static> PageSink for Guarded<S> {
+    // A CRIU without images of the dump before fails if it hears that the server has it.
+
     fn open(&mut self, space: PagemapName) -> Result<bool, SinkError> {
-        self.opened = true;
-        self.ask(|sink| sink.open(space))
+        let held = self.ask(|sink| sink.open(space))?;
+        Ok(held && self.continues)
     }
 
     fn has_parent(&mut self, space: PagemapName) -> Result<bool, SinkError> {
-        self.ask(|sink| sink.has_parent(space))
+        let held = self.ask(|sink| sink.has_parent(space))?;
+        Ok(held && self.continues)
     }
 
     fn pages(&mut self, batch: &Batch, bytes: Bytes) -> Result<(), SinkError> {
+        self.filled = true;
         self.call(|sink| sink.pages(batch, bytes))
     }
 
     fn elsewhere(&mut self, space: PagemapName, run: PageRun) -> Result<(), SinkError> {
+        self.filled = true;
         self.call(|sink| sink.elsewhere(space, run))
     }
 
-    /// A CRIU that fails before it has dumped any memory says CLOSE and nothing else: that must not
-    /// become a generation without memory.
+    /// A CRIU that fails says CLOSE all the same. No process is without memory: where none has come, it
+    /// must not become a generation.
     fn close(&mut self) -> Result<i32, SinkError> {
-        if !self.opened {
+        if !self.filled {
             self.sink = None;
             return Ok(0);
         }

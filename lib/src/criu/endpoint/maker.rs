@@ -35,6 +35,15 @@ impl<S: Send + 'static> Maker<S> {
         });
     }
 
+    /// Drops the one that is there: nobody is about to need it, and it may keep others from the
+    /// destination.
+    pub(super) fn discard(&self) {
+        // One that is just being made stays until the next time.
+        if let Ok(mut inner) = self.inner.try_lock() {
+            inner.spare = None;
+        }
+    }
+
     /// One that was made before, and whether it was; waits while one is being made.
     pub(super) fn take(&self) -> Result<(S, bool), SinkError> {
         let mut inner = self.lock();

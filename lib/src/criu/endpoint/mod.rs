@@ -20,6 +20,7 @@
 //! nothing are no dump yet: CRIU connects before it freezes anything, and speaks afterwards.
 
 mod guard;
+#[cfg(feature = "net")]
 pub(crate) mod local;
 mod maker;
 mod patient;
@@ -83,6 +84,10 @@ pub struct Options {
     pub page_size: PageSize,
     /// Time limits.
     pub limits: Limits,
+    /// CRIU has images of the dump before this one (`--prev-images-dir`), and may be told that the sink
+    /// has its memory. A CRIU that has none fails when it is told so. Without it, or before the first
+    /// dump was taken, only a CRIU of this host is told so that says it on its command line.
+    pub prev_images: bool,
     /// Return after one dump, whether it could be taken or not.
     pub once: bool,
 }
@@ -251,8 +256,10 @@ pub fn inherited(number: i32) -> io::Result<OwnedFd> {
 /// is [all](Options::once).
 ///
 /// `make` makes the sink of one dump. It is called when CRIU connects, before anything is frozen, from a
-/// thread of its own; a sink that was not needed is kept for the next dump, and made anew where it fails
-/// at the first call. `events` should return soon: the next dump waits for it.
+/// thread of its own (on a socket that serves many dumps: for the first at once, for others when they
+/// begin); a sink that was made ahead and fails at its first call is made anew. The sink of the next dump
+/// is made after [`Event::Taken`] of this one was reported. `events` should return soon: the next dump
+/// waits for it.
 ///
 /// A sink that does not come back in time is left behind on its thread, and is dropped there.
 pub fn run<S>(

@@ -26,7 +26,7 @@ pub(super) struct Connection {
     pub(super) client: Client,
     /// CRIU's end.
     pub(super) cork: Option<Corked>,
-    /// Of the dump before on the same socket.
+    /// Headers of the dump before on the same socket.
     pub(super) layout: Option<HeaderLayout>,
 }
 
@@ -78,6 +78,7 @@ pub(super) fn take<S: PageSink + Send + 'static>(
     limits: Limits,
     maker: Arc<Maker<S>>,
     shared: &Arc<Shared>,
+    continues: bool,
 ) -> Outcome<S> {
     let mut socket = Patient {
         socket: &connection.socket,
@@ -85,7 +86,8 @@ pub(super) fn take<S: PageSink + Send + 'static>(
         limit: limits.silence,
         gave_up: false,
     };
-    let mut sink = Guarded::new(maker, shared.clone());
+    let told = connection.cork.as_ref().is_some_and(Corked::continues);
+    let mut sink = Guarded::new(maker, shared.clone(), continues || told);
     let served = serve_next(&mut socket, page_size, connection.layout, &mut sink);
     let gave_up = socket.gave_up;
     let result = match served {

@@ -44,6 +44,8 @@ pub(super) struct Supervisor<S> {
     stuck: Vec<JoinHandle<()>>,
     /// Where sessions report to.
     ended: (Sender<Ended>, Receiver<Ended>),
+    /// Whether a dump was taken.
+    took: bool,
     /// Numbers of sessions: what a cut one reports later is not that of the next.
     count: u64,
 }
@@ -94,6 +96,7 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
             active: None,
             stuck: Vec::new(),
             ended: channel(),
+            took: false,
             count: 0,
         };
         match place {
@@ -189,7 +192,18 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
         if comes {
             self.accept();
         }
+        if self.active.is_none() && self.waiting.is_empty() {
+            self.maker.discard();
+        }
         Ok(())
+    }
+
+    /// Has a sink made for whoever comes next: not while another one has that of the dump before it, on
+    /// which the next may build; and not for sockets that may be quiet for hours.
+    fn prepare(&self) {
+        if self.active.is_none() && self.waiting.iter().any(|one| !one.trusted) {
+            self.maker.prepare();
+        }
     }
 
     fn accept(&mut self) {
@@ -206,7 +220,7 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
             return (self.events)(Event::Failed { client, error });
         }
         self.wait(Connection::new(socket.into(), client), false);
-        self.maker.prepare();
+        self.prepare();
     }
 
     fn wait(&mut self, connection: Connection, trusted: bool) {
@@ -259,9 +273,8 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
             (self.events)(Event::Failed { client, error });
             return Ok(false);
         }
-        if !self.options.once {
-            self.maker.prepare();
-        }
+        self.took = true;
+        self.prepare();
         Ok(self.options.once)
     }
 
@@ -320,6 +333,7 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
         let session = Session {
             number: self.count,
             options: self.options,
+            continues: self.options.prev_images && self.took,
             maker: self.maker.clone(),
             events: self.events.clone(),
             shared: shared.clone(),
@@ -359,6 +373,7 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
 struct Session<S> {
     number: u64,
     options: Options,
+    continues: bool,
     maker: Arc<Maker<S>>,
     events: Events<S>,
     shared: Arc<Shared>,
@@ -377,7 +392,14 @@ impl<S: PageSink + Send + 'static> Session<S> {
             sink,
             afterwards,
             connection,
-        } = session::take(connection, page_size, limits, self.maker, &self.shared);
+        } = session::take(
+            connection,
+            page_size,
+            limits,
+            self.maker,
+            &self.shared,
+            self.continues,
+        );
         let error = match result {
             Ok(served) => {
                 (self.events)(Event::Taken {

@@ -59,6 +59,17 @@ impl Corked {
             .is_some_and(|socket| sockopt::set_tcp_cork(socket, false).is_ok())
     }
 
+    /// Whether that process was started with images of a dump before. Not to be seen where CRIU is told
+    /// so in another way, as by runc.
+    pub(super) fn continues(&self) -> bool {
+        let words = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let mut words = words.split(|byte| *byte == 0);
+        words.any(|word| {
+            let rest = word.strip_prefix(b"--prev-images-dir");
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"="))
+        })
+    }
+
     /// The descriptor may meanwhile be another file's.
     fn duplicate(&self) -> Option<OwnedFd> {
         let socket = pidfd_getfd(&self.pidfd, self.descriptor, PidfdGetfdFlags::empty()).ok()?;

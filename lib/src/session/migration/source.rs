@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::super::{Liveness, SessionError, SourceConfig};
 use super::Owner;
-use crate::wire::{
-    Hello, MIGRATION_VERSION, Message, Offer, Offered, Phase, Step, VERSIONS, Welcome,
-};
+use crate::wire::{Hello, MIGRATION_VERSION, Message, Offer, Offered, Phase, Step, Welcome};
 
 /// What the source's driver has to do, or may do now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,7 +88,7 @@ impl MigrationSource {
     /// [`MigrationSource::handle_timeout`] fails, and the tree must be resumed.
     pub fn new(config: SourceConfig, offer: Offer, freeze_limit: Duration, now: Instant) -> Self {
         let hello = Hello {
-            versions: (MIGRATION_VERSION, *VERSIONS.end()),
+            versions: (MIGRATION_VERSION, MIGRATION_VERSION),
             software: config.software.clone(),
             ticket_proof: config.ticket_proof,
         };
@@ -209,9 +207,9 @@ impl MigrationSource {
     }
 
     fn welcomed(&mut self, now: Instant, welcome: &Welcome) -> Result<(), SessionError> {
-        if !(MIGRATION_VERSION..=*VERSIONS.end()).contains(&welcome.version) {
+        if welcome.version != MIGRATION_VERSION {
             return Err(SessionError::Version {
-                ours: format!("{MIGRATION_VERSION} to {}", VERSIONS.end()),
+                ours: format!("{MIGRATION_VERSION}"),
                 theirs: welcome.version.to_string(),
             });
         }

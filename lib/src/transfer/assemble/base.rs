@@ -17,7 +17,7 @@ const LEAST_SHARE: u64 = 16;
 
 /// Longest chain that is built. CRIU reads deep chains as fast as short ones, but every directory
 /// of one must be kept; past this a set is written whole.
-const DEEPEST: usize = 32;
+pub(in crate::transfer) const DEEPEST: usize = 32;
 
 impl Assembler<'_> {
     /// The set to build on: the one that the operator named, else the source's parent, else the

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::copy::{Origin, Pieces};
-use super::{Assembled, Assembler, FileDigests, pagemap_of, rewritten_small};
-use crate::delta::{BlockRef, FileMeta};
+use super::{Assembled, Assembler, FileDigests, rewritten_small};
+use crate::delta::{BlockRef, FileMeta, FileName};
 use crate::digest::Digest;
 use crate::image::{
     ImageError, PageFlags, PageRun, Pagemap, PagemapName, ResolvedRun, Source, pages_file_name,
     resolve,
 };
+use crate::page::PageSize;
 use crate::store::Tried as _;
 use crate::transfer::TransferError;
 use crate::transfer::chain::{PageDigests, StoredChain, StoredLevel};
@@ -254,7 +255,8 @@ impl Assembler<'_> {
             .transpose()?;
         let mut pages = MemoryPages::new(self, name, pagemap, parent)?;
         let (mut runs, mut digests, mut pieces) = (Vec::new(), Vec::new(), Pieces::default());
-        let mut in_place = true;
+        // Of a set that completes another no pages file has arrived.
+        let mut in_place = self.pages.is_none();
         while let Some(page) = pages.next() {
             let page = page?;
             let flags = match page.digest {
@@ -305,10 +307,7 @@ impl Assembler<'_> {
             .files
             .binary_search_by(|meta| meta.name.as_str().cmp(name));
         let index = place.unwrap_or_else(|index| {
-            let name = crate::delta::FileName::new(name).expect("a pages file's name is a name");
-            assembled
-                .files
-                .insert(index, FileMeta::new(name, 0o644, 0, page_size));
+            assembled.files.insert(index, new_file(name, page_size));
             assembled
                 .digests
                 .insert(index, FileDigests::Own(Vec::new()));
@@ -334,16 +333,28 @@ impl Assembler<'_> {
         let bytes = pagemap.encode();
         let path = self.directory.join(name.to_string());
         fs::write(&path, &bytes).tried("write", &path)?;
-        let index = assembled
+        let file = name.to_string();
+        let place = assembled
             .files
-            .iter()
-            .position(|meta| pagemap_of(meta) == Some(name));
-        let index = index.expect("it was read from one of the files");
+            .binary_search_by(|meta| meta.name.as_str().cmp(&file));
+        let index = place.unwrap_or_else(|index| {
+            let meta = new_file(&file, pagemap.page_size());
+            assembled.files.insert(index, meta);
+            let digests = FileDigests::Own(Vec::new());
+            assembled.digests.insert(index, digests);
+            index
+        });
         let (meta, digests) = rewritten_small(&assembled.files[index], &bytes);
         assembled.files[index] = meta;
         assembled.digests[index] = FileDigests::Own(digests);
         Ok(())
     }
+}
+
+// A file that the source did not send.
+fn new_file(name: &str, page_size: PageSize) -> FileMeta {
+    let name = FileName::new(name).expect("an image's name is a name");
+    FileMeta::new(name, 0o644, 0, page_size)
 }
 
 pub(super) fn digest_at(digests: &[Digest], block: u64) -> Digest {

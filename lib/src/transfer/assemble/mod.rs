@@ -7,12 +7,14 @@
 mod base;
 mod copy;
 mod memory;
+mod pages;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
+pub(super) use self::base::DEEPEST;
 use self::copy::{Located, Origin, Piece, Pieces, copy_pieces};
 use super::TransferError;
 use super::chain::{StoredChain, read_pagemaps};
@@ -21,11 +23,9 @@ use crate::delta::{BlockRef, FileMeta, Place, Recipe};
 use crate::digest::{Digest, hash_blocks};
 use crate::image::complete::{LevelFacts, SetFacts, check};
 use crate::image::walk;
-use crate::image::{
-    Completeness, FileKind, ImageError, Inventory, Pagemap, PagemapName, ProcessTree,
-};
+use crate::image::{Completeness, ImageError, Inventory, Pagemap, PagemapName, ProcessTree};
 use crate::session::StoreJob;
-use crate::store::{Held, Store, StoreError, Tried as _};
+use crate::store::{Held, Record, Store, StoreError, Tried as _};
 use crate::wire::Layout;
 
 /// Largest file that is read whole for its records.
@@ -46,6 +46,10 @@ pub(super) struct Assembled {
     pub(super) base: Option<u64>,
     /// Whether CRIU could restore it.
     pub(super) completeness: Completeness,
+    /// The set in state *pages* of which it has its memory.
+    pub(super) completes: Option<u64>,
+    /// What the operator should know.
+    pub(super) note: Option<String>,
 }
 
 /// Digests of one file's blocks: 0.8 % of its size, so they are kept once.
@@ -85,12 +89,18 @@ pub(super) struct Assembler<'a> {
     pub(super) layout: Layout,
     /// The staged files.
     pub(super) directory: PathBuf,
+    /// The set in state *pages* that what arrived completes.
+    pub(super) pages: Option<Record>,
 }
 
 impl Assembler<'_> {
     pub(super) fn assemble(&self) -> Result<Assembled, TransferError> {
         let is_memory = |meta: &FileMeta| meta.is_pages();
         self.complete_files(|meta| !is_memory(meta))?;
+        if let Some(pages) = &self.pages {
+            self.understood()?;
+            return self.finished(self.with_pages(pages)?);
+        }
         let base = self.parent_id()?;
         let parent = base.map(|id| StoredChain::open(self.store, id)).transpose();
         let both = parent.and_then(|parent| Ok((parent, self.understood()?)));
@@ -112,6 +122,10 @@ impl Assembler<'_> {
                 self.rewritten(pagemaps, parent.as_ref(), base.as_ref())?
             }
         };
+        self.finished(assembled)
+    }
+
+    fn finished(&self, assembled: Assembled) -> Result<Assembled, TransferError> {
         self.finish_files(&assembled.files)?;
         match assembled.completeness {
             Completeness::Damaged(_) => {
@@ -206,6 +220,8 @@ impl Assembler<'_> {
             files,
             base,
             completeness: Completeness::PagesOnly,
+            completes: None,
+            note: None,
         }
     }
 
@@ -376,11 +392,4 @@ fn rewritten_small(meta: &FileMeta, bytes: &[u8]) -> (FileMeta, Vec<Digest>) {
     let mut digests = Vec::new();
     hash_blocks(bytes, meta.block_len as usize, &mut digests);
     (meta, digests)
-}
-
-fn pagemap_of(meta: &FileMeta) -> Option<PagemapName> {
-    match FileKind::of(meta.name.as_str()) {
-        FileKind::Pagemap(name) => Some(name),
-        _ => None,
-    }
 }

@@ -57,7 +57,19 @@ pub fn finish_destination(
     let history = journal.read()?;
     let about = &history.about;
     let is_over = history.state() == DestinationState::Over;
-    match history.state().duty(verdict, history.keep()) {
+    let duty = history.state().duty(verdict, history.keep());
+    let needs_images = matches!(
+        duty,
+        DestinationDuty::Hold | DestinationDuty::Resume | DestinationDuty::GiveBack
+    );
+    if needs_images
+        && place_of(about)
+            .map_err(|what| left(journal, what))?
+            .is_none()
+    {
+        return lost(journal, &history);
+    }
+    match duty {
         DestinationDuty::Hold => {
             // Without its driver no copy can be let go any more: what CRIU has left only takes its pids.
             clear(about).map_err(|what| left(journal, what))?;
@@ -66,7 +78,7 @@ pub fn finish_destination(
                 journal.note_quickly(|about| about.criu = None)?;
             }
             Ok(DestinationOutcome::Held {
-                place: about.place.join(standby::FINAL),
+                place: images_of(about).map_err(|what| left(journal, what))?,
             })
         }
         DestinationDuty::Remove => remove(journal, &history, reason_of(verdict, &history)),
@@ -74,7 +86,7 @@ pub fn finish_destination(
         DestinationDuty::GiveBack => give_back(journal, &history),
         DestinationDuty::Tell(Answer::Runs { .. }) => {
             // It may have been recorded by one who died before he could tidy up.
-            remove_place(&about.place).map_err(|what| left(journal, what))?;
+            remove_place(about).map_err(|what| left(journal, what))?;
             let mut notes = Vec::new();
             let pid = running_pid(about);
             if pid == 0 {
@@ -93,7 +105,7 @@ pub fn finish_destination(
             })
         }
         DestinationDuty::Tell(_) => {
-            remove_place(&about.place).map_err(|what| left(journal, what))?;
+            remove_place(about).map_err(|what| left(journal, what))?;
             Ok(DestinationOutcome::Removed { notes: Vec::new() })
         }
     }
@@ -141,7 +153,7 @@ fn remove(
         remove_leftovers(&processes_of(about, root)).map_err(|what| left(journal, what))?;
     }
     let mut notes = clear(about).map_err(|what| left(journal, what))?;
-    remove_place(&about.place).map_err(|what| left(journal, what))?;
+    remove_place(about).map_err(|what| left(journal, what))?;
     let mut environment = environment(about, None);
     environment.reason = Some(reason.to_owned());
     let run = hooks_of(about)?.run(hooks::Moment::AfterAbort, &environment);
@@ -185,7 +197,7 @@ fn resume(
     journal.note_quickly(|about| about.announced = true)?;
     let mut notes = alive.notes;
     // The copy has read all that it needs.
-    notes.extend(remove_place(&about.place).err());
+    notes.extend(remove_place(about).err());
     Ok(DestinationOutcome::Running {
         pid: alive.pid,
         notes,
@@ -233,7 +245,7 @@ pub(in crate::transfer) fn bring_to_life(
     if let Some(wanted) = wanted_by_command(about) {
         restore::remove_from_runtime(&wanted)?;
     }
-    let images = about.place.join(standby::FINAL);
+    let images = images_of(about)?;
     let advice = |what: String| {
         format!(
             "the workload is this host's, but cannot be brought to life: {what}; its complete images are in {}: remove the cause, then run `crxfer recover --dir` of the receiving directory",
@@ -281,7 +293,7 @@ fn build(
     if let Some(criu) = criu {
         note_criu(criu).map_err(|error| error.to_string())?;
     }
-    let work = about.place.join("work");
+    let work = about.work();
     let options = restore::options(&about.options, about.config_file.as_deref());
     match restore::at_once(worker, images, &work, options) {
         Ok(released) => Ok(Alive {
@@ -316,7 +328,7 @@ fn wanted_by_command(about: &DestinationAbout) -> Option<restore::Wanted> {
         name: about.name.clone(),
         container: about.container.clone(),
         options: about.options.clone(),
-        place: about.place.clone(),
+        place: about.scene(),
     })
 }
 
@@ -342,7 +354,7 @@ pub(in crate::transfer) fn clear(about: &DestinationAbout) -> Result<Vec<String>
 }
 
 fn was_let_go(about: &DestinationAbout) -> bool {
-    let said = about.runtime.is_some() && action::resumed(&about.place).is_some();
+    let said = about.runtime.is_some() && action::resumed(&about.scene()).is_some();
     said || copy::was_let_go(&log_of(about))
 }
 
@@ -368,7 +380,7 @@ fn look(about: &DestinationAbout) -> copy::Found {
         }
     }
     if about.runtime.is_some()
-        && let Some(root) = action::resumed(&about.place)
+        && let Some(root) = action::resumed(&about.scene())
     {
         // Said by CRIU's script, wherever its log is.
         let is_copy = |root: &Process| about.criu.is_none_or(|criu| root.started >= criu.started);
@@ -398,7 +410,7 @@ fn wanted(about: &DestinationAbout) -> copy::Wanted {
 }
 
 fn log_of(about: &DestinationAbout) -> PathBuf {
-    about.place.join("work/restore.log")
+    about.work().join("restore.log")
 }
 
 fn processes_of(about: &DestinationAbout, root: u32) -> Vec<Process> {
@@ -454,13 +466,44 @@ fn await_pids(about: &DestinationAbout) {
     copy::remove(&dead);
 }
 
-fn remove_place(place: &Path) -> Result<(), String> {
-    match fs::remove_dir_all(place) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(format!("cannot remove {}: {error}", place.display()))
+fn remove_place(about: &DestinationAbout) -> Result<(), String> {
+    let place = place_of(about)?;
+    for place in place.iter().chain(&about.work) {
+        match fs::remove_dir_all(place) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(format!("cannot remove {}: {error}", place.display()));
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
+}
+
+// None where nobody holds what was in memory only.
+fn place_of(about: &DestinationAbout) -> Result<Option<PathBuf>, String> {
+    let place = about.place();
+    place.map_err(|unseen| format!("the directory of {}: {unseen}", about.name))
+}
+
+fn images_of(about: &DestinationAbout) -> Result<PathBuf, String> {
+    let place = place_of(about)?.ok_or(LOST)?;
+    Ok(place.join(standby::FINAL))
+}
+
+/// Why a copy that was complete is given up without anybody's word.
+const LOST: &str = "its images were in memory only, and every process that held them is gone";
+
+// What was to be held or built is gone with its last holder. Unless the copy has run already the
+// workload is the source's, which holds its tree until it hears of a copy that runs.
+fn lost(
+    journal: &Journal<DestinationState>,
+    history: &History<DestinationState>,
+) -> Result<DestinationOutcome, FinishError> {
+    let may_have_run = history.state() == DestinationState::Resuming;
+    if may_have_run && matches!(look(&history.about), copy::Found::Runs { .. }) {
+        return resume(journal, history);
+    }
+    remove(journal, history, LOST)
 }
 
 fn hooks_of(about: &DestinationAbout) -> Result<Hooks, TransferError> {
@@ -481,7 +524,10 @@ fn environment(about: &DestinationAbout, pid: Option<u32>) -> Environment {
         pid,
         peer: Some(about.address.ip()),
         addresses: facts_of(about).addresses(),
-        images: Some(about.place.join(standby::FINAL)),
+        images: images_of(about).ok(),
         reason: None,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -77,9 +77,8 @@ pub(in crate::transfer) fn keep(
 ) -> Result<Vec<String>, String> {
     let mut notes = Vec::new();
     if about.tree.boot == boot_id() {
-        if was_frozen {
-            end_criu(about, true)?;
-        }
+        // One that was not told to dump yet ends by itself, too.
+        end_criu(about, true)?;
         notes.extend(release(about, was_frozen, was_fenced)?);
         if about.tree.left().is_empty() {
             notes.push("the workload has ended here meanwhile".to_owned());
@@ -118,11 +117,12 @@ pub(in crate::transfer) fn release(
 ) -> Result<Vec<String>, String> {
     let mut notes = Vec::new();
     let (run_id, foreign) = (about.run_id.as_deref(), &about.foreign_tables);
+    // Parts of a killed CRIU that are stopped would stay for ever. It may have been killed before it
+    // said that its dump begins.
+    let criu = about.criu.filter(|_| about.tree.boot == boot_id());
+    let ended = criu.filter(|criu| was_frozen || !criu.is_there());
+    tree::copy::remove(&ended.map_or_else(Vec::new, tree::copy::helpers_of));
     if was_frozen {
-        // Parts of a killed CRIU that are stopped would stay for ever.
-        let parts = about.criu.filter(|_| about.tree.boot == boot_id());
-        let parts = parts.map_or_else(Vec::new, tree::copy::helpers_of);
-        tree::copy::remove(&parts);
         let healed = tree::heal::heal(&grown(&about.tree), run_id, foreign);
         if healed.sockets > 0 {
             let sockets = healed.sockets;

@@ -64,6 +64,9 @@ pub enum MigrateError {
     /// CRIU let the tree go too soon: it may have run on after it was dumped.
     #[error("CRIU died before the workload was fenced: what was sent may be out of date")]
     LetGo,
+    /// There is no such place for the dump here.
+    #[error(transparent)]
+    Sink(#[from] crate::sink::SinkError),
     /// A directory for the dump.
     #[error("cannot use {} for the dump: {source}", path.display())]
     Work {

@@ -363,6 +363,7 @@ pub(super) fn freeze(
         canceller,
         given_away: Arc::default(),
     };
+    let given_away = frozen.given_away.clone();
     let (page, number) = (job.page, job.number);
     let comparer = Comparer {
         outgoing,
@@ -388,7 +389,7 @@ pub(super) fn freeze(
         .spawn(move || take_memory(intake, comparer, source, page, clock, &told))?;
     std::thread::Builder::new()
         .name("dump".to_owned())
-        .spawn(move || dump(&job, runner, &verdicts, clock, &tell))?;
+        .spawn(move || dump(&job, runner, &verdicts, clock, &given_away, &tell))?;
     Ok(frozen)
 }
 
@@ -473,6 +474,7 @@ fn dump(
     mut runner: Runner,
     verdicts: &blocking::Receiver<Verdict>,
     clock: Clock,
+    given_away: &AtomicBool,
     tell: &impl Fn(Moment),
 ) {
     let mut unrecorded = None;
@@ -513,8 +515,10 @@ fn dump(
         _ => Verdict::GoOn,
     });
     // A CRIU that died in the middle may have left code of its own in the tree, and locks on its
-    // sockets: nothing runs until both are healed, by whoever ends this migration.
-    if result.as_ref().is_err_and(CriuError::has_died) {
+    // sockets: nothing runs until both are healed, by whoever ends this migration. Not a tree that was
+    // given away: the fence holds it, or it was healed already, and nobody would wake it again.
+    let is_ours = !given_away.load(Ordering::Acquire);
+    if is_ours && result.as_ref().is_err_and(CriuError::has_died) {
         hold::stop(&processes_below(job.pid));
     }
     let result = match unrecorded {

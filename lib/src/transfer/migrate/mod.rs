@@ -7,6 +7,7 @@ mod iterate;
 mod record;
 mod report;
 mod stream;
+mod work;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -28,6 +29,7 @@ pub use driver::migrate;
 pub use error::{MigrateError, MigrateFailure};
 pub use iterate::{Dumps, Precopy};
 pub use report::{Host, HostCheck, IterationReport, MigrationReport, Outcome, PhaseReport};
+pub(super) use stream::{RecordStream, StreamEnded};
 
 /// What to move, and how.
 #[derive(Debug)]
@@ -62,7 +64,10 @@ pub struct MigrateOptions {
     pub bytes_per_s: Option<u64>,
     /// Most bytes of memory read a second while the tree runs.
     pub read_bytes_per_s: Option<u64>,
-    /// Where the images of the final dump are made, without its memory: best on a tmpfs.
+    /// Where images are kept on their way.
+    pub mode: Mode,
+    /// Where the images of the final dump are made, without its memory; with [`Mode::Diskless`] only
+    /// CRIU's log of a failure goes there.
     pub work: PathBuf,
     /// Where the journal of the migration is kept, by which it is ended well whatever dies. On a tmpfs
     /// it costs no time.
@@ -80,6 +85,29 @@ pub struct MigrateOptions {
     pub stop: watch::Receiver<bool>,
     /// Who is told what happens.
     pub events: MigrateEvents,
+}
+
+/// Where the images of a migration are until its copy runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// In directories, wherever those are.
+    Disk,
+    /// As [`Disk`](Self::Disk), with the source's directory on a tmpfs.
+    Tmpfs,
+    /// In memory that only descriptors hold, on both hosts: no file of it is visible.
+    #[default]
+    Diskless,
+}
+
+impl Mode {
+    /// As the command line has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Tmpfs => "tmpfs",
+            Self::Diskless => "diskless",
+        }
+    }
 }
 
 /// What happens during a migration, as it happens.

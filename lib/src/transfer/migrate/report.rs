@@ -4,6 +4,7 @@ use crate::image::DumpStats;
 use crate::precopy::{Accuracy, Why};
 use crate::preflight::Check;
 use crate::session::migration::ClockOffset;
+use crate::transfer::migrate::Mode;
 use crate::wire::MigrationId;
 
 /// How a migration ended well.
@@ -109,6 +110,8 @@ pub struct MigrationReport {
     pub name: String,
     /// How it ended.
     pub outcome: Outcome,
+    /// Where its images were.
+    pub mode: Mode,
     /// What was checked before.
     pub checks: Vec<HostCheck>,
     /// How the running tree was read.

@@ -59,7 +59,7 @@ impl Written {
 /// Where records go. Clones go to the same stream; only one may be in use at a time, or records
 /// would mix.
 #[derive(Clone, Debug)]
-pub(super) struct RecordStream {
+pub(in crate::transfer) struct RecordStream {
     items: mpsc::Sender<Item>,
     line: Arc<Line>,
     runtime: Handle,
@@ -76,11 +76,11 @@ impl std::fmt::Debug for Item {
 /// The stream has ended: its writer knows why.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("the stream to the destination has ended")]
-pub(super) struct StreamEnded;
+pub(in crate::transfer) struct StreamEnded;
 
 impl RecordStream {
     /// Starts the writer. `failed` hears of an error of the stream, once.
-    pub(super) fn start(
+    pub(in crate::transfer) fn start(
         connection: &Connection,
         stream: BulkSender,
         bytes_per_s: Option<u64>,
@@ -128,7 +128,11 @@ impl RecordStream {
 
     /// Puts records of iteration `number` on the stream; waits while it is full. For threads that
     /// may block.
-    pub(super) fn put(&self, number: u32, records: &mut Vec<Record>) -> Result<(), StreamEnded> {
+    pub(in crate::transfer) fn put(
+        &self,
+        number: u32,
+        records: &mut Vec<Record>,
+    ) -> Result<(), StreamEnded> {
         for record in records.drain(..) {
             let item = match record {
                 Record::Note(note) => Item::Note(note.encode().into()),

@@ -164,6 +164,7 @@ impl From<StandbyError> for TransferError {
         match error {
             StandbyError::Protocol(what) => SessionError::Protocol(what).into(),
             StandbyError::Root => SessionError::Root.into(),
+            StandbyError::TooLarge { size, limit } => SessionError::TooLarge { size, limit }.into(),
             StandbyError::Unpack(_) => {
                 SessionError::Protocol("a frame that cannot be unpacked").into()
             }
@@ -177,16 +178,22 @@ impl From<StandbyError> for TransferError {
 #[derive(Debug)]
 pub(super) struct Place {
     pub(super) path: PathBuf,
+    /// CRIU's directory.
+    pub(super) work: PathBuf,
     pub(super) owned: bool,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if self.owned
-            && let Err(error) = std::fs::remove_dir_all(&self.path)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!("cannot remove {}: {error}", self.path.display());
+        if !self.owned {
+            return;
+        }
+        for path in [&self.path, &self.work] {
+            if let Err(error) = std::fs::remove_dir_all(path)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!("cannot remove {}: {error}", path.display());
+            }
         }
     }
 }

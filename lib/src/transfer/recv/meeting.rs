@@ -155,9 +155,11 @@ async fn answer(
         }
         None => {
             let finishing = spawn_blocking(move || {
-                finish(&shared.state, peer, id, verdict, |name, pid, address| {
+                let answer = finish(&shared.state, peer, id, verdict, |name, pid, address| {
                     shared.events.emit(Event::Restored { name, pid, address });
-                })
+                });
+                shared.memories.tidy(&shared.state);
+                answer
             });
             finishing.await.unwrap_or(Answer::Busy)
         }

@@ -31,6 +31,7 @@ use crate::preflight::{self, Check, Facts};
 use crate::runtime::RestoreCommand;
 use crate::session::SessionError;
 use crate::session::migration::{MigrationDestination, MigrationDestinationCommand as Command};
+use crate::sink::Holder;
 use crate::standby::Standby;
 use crate::store::Tried as _;
 use crate::transfer::clock::{Clock, nanos};
@@ -144,6 +145,7 @@ struct Driver<'a> {
     place: Place,
     // Where a command builds the copy.
     wanted: Option<Wanted>,
+    in_memory: bool,
     receiving: Option<Receiving>,
     worker: Option<JoinHandle<Result<Builder, CriuError>>>,
     prepared: Option<Box<Builder>>,
@@ -195,13 +197,15 @@ impl<'a> Driver<'a> {
         facts: Facts,
         runtime: Option<RestoreCommand>,
     ) -> Result<(Self, mpsc::UnboundedReceiver<Happening>), TransferError> {
-        let parent = shared.store.state_path("migrations");
+        let parent = shared.store.home_path("migrations");
         if !parent.is_dir() {
             let made = fs::DirBuilder::new().mode(0o700).create(&parent);
             made.tried("create", &parent)?;
         }
+        let path = parent.join(offer.id.to_string());
         let place = Place {
-            path: parent.join(offer.id.to_string()),
+            work: path.join("work"),
+            path,
             owned: false,
         };
         let wanted = runtime.map(|runtime| Wanted {
@@ -211,6 +215,7 @@ impl<'a> Driver<'a> {
             options: offer.options.clone(),
             place: place.path.clone(),
         });
+        let in_memory = shared.memories.wants(offer.keeping);
         let (tell, happenings) = mpsc::unbounded_channel();
         let (call, calls) = mpsc::unbounded_channel();
         let driver = Self {
@@ -224,6 +229,7 @@ impl<'a> Driver<'a> {
             tell,
             place,
             wanted,
+            in_memory,
             receiving: None,
             worker: None,
             prepared: None,
@@ -422,7 +428,8 @@ impl<'a> Driver<'a> {
 
     fn check(&mut self) {
         let place = preflight::Place {
-            images: self.shared.store.root().to_owned(),
+            images: self.shared.store.home().to_owned(),
+            memory: self.in_memory.then(|| self.shared.memories.room()),
             criu: self.host.program.clone(),
             address_hook: self.host.hooks.has(hooks::Moment::AddressPrepare),
             restore_hook: self.host.hooks.has(hooks::Moment::BeforeRestore),
@@ -447,24 +454,31 @@ impl<'a> Driver<'a> {
             if let Some(config) = &self.host.config_file {
                 refuse_auto_dedup(config)?;
             }
-            let path = self.place.path.clone();
+            let memory = self.find_place()?;
+            let (path, offer) = (self.place.path.clone(), &self.offer);
             let record = Record::begin(
                 &self.shared,
                 self.connection,
                 &self.host,
-                &self.offer,
+                offer,
                 self.wanted.as_ref().map(|wanted| wanted.runtime.clone()),
                 path,
+                memory,
             );
-            self.record = Some(record.map_err(|error| cannot_record(&error))?);
+            let record = record.map_err(|error| cannot_record(&error))?;
+            self.place.work = record.about().work();
+            if let Some(wanted) = &mut self.wanted {
+                wanted.place = record.about().scene();
+            }
+            self.record = Some(record);
             self.state = Some(DestinationState::Receiving);
             let (id, peer) = (self.offer.id, self.connection.peer());
             self.registered = Some(Registered::new(&self.shared, id, peer, self.call.clone()));
             self.touched = true;
-            let durable = self.shared.store.is_durable();
+            let durable = self.is_durable();
             let standby = Standby::create(&self.place.path, self.offer.page_size, durable)?;
             self.place.owned = true;
-            fs::create_dir(self.place.path.join("work")).tried("create", &self.place.path)?;
+            fs::create_dir(&self.place.work).tried("create", &self.place.work)?;
             let tell = self.tell.clone();
             let told = move |arrived| {
                 let _ = tell.send(Happening::Arrived(arrived));
@@ -480,6 +494,21 @@ impl<'a> Driver<'a> {
         self.session.offered(Instant::now(), offered, refused);
         pause::at("receiving");
         Ok(())
+    }
+
+    // Where the images go; who holds that, where it is in memory.
+    fn find_place(&mut self) -> Result<Vec<Holder>, TransferError> {
+        if !self.in_memory {
+            return Ok(Vec::new());
+        }
+        let (id, bytes) = (self.offer.id, self.offer.memory_bytes);
+        let made = self.shared.memories.create(id, bytes, self.facts.force)?;
+        self.place.path = made.path;
+        Ok(made.holders)
+    }
+
+    fn is_durable(&self) -> bool {
+        !self.in_memory && self.shared.store.is_durable()
     }
 
     fn criu_version(&self, checks: &[Check]) -> String {

@@ -8,6 +8,7 @@ use super::{RestoreHost, Shared};
 use crate::handover::journal::DestinationAbout;
 use crate::handover::{DestinationState, Journal, JournalError, Keep, Lease};
 use crate::runtime::RestoreCommand;
+use crate::sink::Holder;
 use crate::transfer::TransferError;
 use crate::transfer::finish::record_running;
 use crate::transport::Connection;
@@ -34,13 +35,18 @@ impl Record {
         offer: &Offer,
         runtime: Option<RestoreCommand>,
         place: PathBuf,
+        memory: Vec<Holder>,
     ) -> Result<Self, JournalError> {
+        let directory = Journal::<DestinationState>::directory_of(&shared.state, offer.id);
+        let work = (!memory.is_empty()).then(|| directory.join("work"));
         let limit = host.hooks.time_limit().as_millis();
         let about = DestinationAbout {
             name: offer.name.clone(),
             peer: connection.peer().to_string(),
             address: connection.remote_address(),
             place,
+            memory,
+            work,
             facts: offer.facts.clone(),
             options: offer.options.clone(),
             runtime,

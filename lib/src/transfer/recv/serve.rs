@@ -9,7 +9,7 @@ use tokio::task::spawn_blocking;
 
 use super::staged::Staged;
 use super::storing::{prepare_set, store_set};
-use super::{Shared, meeting, migration};
+use super::{Shared, meeting, migration, pages};
 use crate::delta::FileMeta;
 use crate::digest::Digest;
 use crate::session::{Destination, DestinationCommand, DestinationConfig, SessionError, StoreJob};
@@ -21,8 +21,8 @@ use crate::transport::{
     BulkReceiver, Connection, ControlReceiver, ControlSender, HANDSHAKE_TIMEOUT, TransportError,
 };
 use crate::wire::{
-    BeginSet, BlockId, FrameHeader, HEADER_LEN, Message, MigrationId, Offer, Op, Published,
-    Verdict, WireError, decode_ops, limits,
+    BeginSet, BlockId, FrameHeader, HEADER_LEN, Message, MigrationId, Offer, Op, PagesOffer,
+    Published, Verdict, WireError, decode_ops, limits,
 };
 
 /// Frames that were read from the streams and wait for a core: 8 MiB.
@@ -57,6 +57,9 @@ pub(super) async fn serve(
             *offer,
         )
         .await;
+    } else if let (Ok(()), Some(offer)) = (&outcome, driver.pages.take()) {
+        let (control, inputs) = (&mut driver.control, &mut driver.inputs);
+        outcome = pages::serve(&connection, shared.clone(), control, inputs, offer).await;
     }
     match outcome {
         Ok(()) => Ok(()),
@@ -115,6 +118,7 @@ struct Driver<'a> {
     // What follows is another protocol.
     offer: Option<Box<Offer>>,
     meeting: Option<(MigrationId, Verdict)>,
+    pages: Option<PagesOffer>,
 }
 
 impl<'a> Driver<'a> {
@@ -148,6 +152,7 @@ impl<'a> Driver<'a> {
             done_bytes: 0,
             offer: None,
             meeting: None,
+            pages: None,
         }
     }
 
@@ -158,7 +163,7 @@ impl<'a> Driver<'a> {
             while let Some(command) = self.destination.poll_command() {
                 self.carry_out(command).await?;
             }
-            if self.offer.is_some() || self.meeting.is_some() {
+            if self.offer.is_some() || self.meeting.is_some() || self.pages.is_some() {
                 return Ok(());
             }
             let timeout = tokio::time::Instant::from_std(self.destination.poll_timeout());
@@ -247,6 +252,7 @@ impl<'a> Driver<'a> {
             DestinationCommand::Store(job) => self.store(job),
             DestinationCommand::Migrate(offer) => self.offer = Some(offer),
             DestinationCommand::Meet(id, verdict) => self.meeting = Some((id, verdict)),
+            DestinationCommand::TakePages(offer) => self.pages = Some(offer),
         }
         Ok(())
     }

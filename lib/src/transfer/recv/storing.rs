@@ -7,8 +7,9 @@ use super::serve::{Input, is_out_of_space};
 use super::staged::Staged;
 use crate::delta::FileMeta;
 use crate::digest::Digest;
+use crate::image::FileKind;
 use crate::session::StoreJob;
-use crate::store::{Held, NewSet};
+use crate::store::{Held, NewSet, PAGES_STATE, Record};
 use crate::transfer::TransferError;
 use crate::transfer::assemble::Assembler;
 use crate::transfer::event::Received;
@@ -75,6 +76,7 @@ pub(super) fn store_set(
         job,
         layout,
         directory: staged.directory.clone(),
+        pages: pages_to_complete(shared, peer, job)?,
     };
     let assembled = assembler.assemble().inspect_err(|error| {
         if is_out_of_space(error) {
@@ -97,8 +99,13 @@ pub(super) fn store_set(
         page_size: job.manifest.page_size,
         completeness: completeness.to_owned(),
         base: assembled.base,
-        keep_link: keep_link.filter(|_| layout == Layout::Faithful),
+        keep_link: keep_link
+            .filter(|_| layout == Layout::Faithful && assembled.completes.is_none()),
         image_bytes: begin.total_bytes,
+        succeeds: assembled.completes,
+        tracked: assembled
+            .completes
+            .is_some_and(|id| shared.store.is_tracked(id)),
     };
     let digests = assembled.all_digests(&job.recipe);
     let published = shared
@@ -130,7 +137,26 @@ pub(super) fn store_set(
         let note = format!("--base {base} has no effect: this destination stores {layout} sets");
         received.notes.push(note);
     }
+    if let Some(note) = assembled.note {
+        received.notes.push(note);
+    }
     Ok((to_published(begin.set, &received), received))
+}
+
+// What arrives has no memory, and its name has nothing else yet: they are one dump.
+fn pages_to_complete(
+    shared: &Shared,
+    peer: [u8; 32],
+    job: &StoreJob,
+) -> Result<Option<Record>, TransferError> {
+    let is_memory = |meta: &FileMeta| {
+        meta.is_pages() || matches!(FileKind::of(meta.name.as_str()), FileKind::Pagemap(_))
+    };
+    if job.begin.ancestor || job.recipe.files().any(is_memory) {
+        return Ok(None);
+    }
+    let current = shared.store.current(job.begin.name.as_str())?;
+    Ok(current.filter(|record| record.peer == peer && record.completeness == PAGES_STATE))
 }
 
 // The set with this root is there under this name already, in this layout.

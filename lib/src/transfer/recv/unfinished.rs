@@ -98,7 +98,7 @@ fn is_old(history: &History<DestinationState>) -> bool {
 
 // Directories without a journal are of no migration that got further than its offer.
 fn remove_strays(store: &Store, known: &[MigrationId]) -> Result<(), TransferError> {
-    let parent = store.state_path("migrations");
+    let parent = store.home_path("migrations");
     if !parent.is_dir() {
         return Ok(());
     }

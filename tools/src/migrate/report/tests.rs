@@ -58,6 +58,7 @@ pub(in crate::migrate) fn made_up() -> MigrationReport {
         id: MigrationId([0xab; 16]),
         name: "memcached-4711".to_owned(),
         outcome: Outcome::Migrated,
+        mode: Mode::Disk,
         checks: HostCheck::all(
             Host::Destination,
             vec![Check::warning("memory", "little", "free some")],
@@ -114,6 +115,16 @@ fn an_operator_sees_where_each_millisecond_went() {
 }
 
 #[test]
+fn what_a_crash_would_have_cost_is_told() {
+    let mut report = made_up();
+    let of_crash =
+        |report: &MigrationReport| lines(report).join("\n").contains("destination crashed");
+    assert!(!of_crash(&report));
+    report.mode = Mode::Diskless;
+    assert!(of_crash(&report));
+}
+
+#[test]
 fn stops_for_pre_dumps_are_told() {
     let mut report = made_up();
     assert!(!lines(&report).join("\n").contains("stopped for"));
@@ -129,6 +140,7 @@ migrated: memcached-4711 runs on the destination as pid 4711
   downtime     300 ms ± 0.25 ms  (predicted 279 ms, 7 % too low)
   total        5.00 s  (predicted 5.10 s, 2 % too high; after iteration 2: 4.00 s, 20 % too low)
   on the wire  247 MiB sent, 1.23 MiB received
+  mode         disk
   clocks       the destination's is 3.00 s ± 0.25 ms behind; phases are told by the source's
 
 While it ran (live, pagemap): pages, waits on link and destination, downtime if frozen then

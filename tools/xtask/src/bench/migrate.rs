@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use super::baseline::{self, Parts};
+use super::baseline::{self, Moving, Parts};
 use super::{Options, median};
 use crate::apt;
 use crate::client::Latency;
@@ -113,11 +113,15 @@ impl Bench {
         let before = stage.network.hosts.b.line_bytes()?;
         let begin = stage.poller.now();
         let (mut parts, mut report) = (Parts::new(), None);
+        let moving = Moving {
+            criu: &self.criu,
+            network: &stage.network,
+            pid: stage.pid,
+            memory: &memory,
+        };
         match method {
-            Method::Rsync => {
-                parts = baseline::dump_twice_and_rsync(&self.criu, &stage, &memory)?;
-            }
-            Method::Criu => parts = baseline::dump_and_restore(&self.criu, &stage, &memory)?,
+            Method::Rsync => parts = baseline::dump_twice_and_rsync(moving)?,
+            Method::Criu => parts = baseline::dump_and_restore(moving)?,
             Method::Crxfer => report = Some(self.migrate(&stage, &memory)?),
         }
         let end = stage.poller.now();
@@ -168,7 +172,7 @@ impl Bench {
 }
 
 /// Writes to as much memory as a run takes: the first use of it is slow on virtual machines.
-fn warm_memory(mib: u64) -> Result<()> {
+pub(super) fn warm_memory(mib: u64) -> Result<()> {
     let scratch = Scratch::within(Path::new("/dev/shm"), "warm")?;
     let piece = vec![1; 1 << 20];
     let mut file = fs::File::create(scratch.path().join("memory"))?;

@@ -4,9 +4,12 @@
 //! work; what is left out is said in one line.
 
 mod docker;
+mod lxc;
 mod migrate;
+mod page_server;
 mod restore;
 mod runc;
+mod streamer;
 mod trouble;
 mod volume;
 
@@ -75,9 +78,12 @@ pub(crate) fn run_scope(scope: Scope, filter: &str) -> Result<Tally> {
     volume::cases(&context, &mut report);
     trouble::cases(&context, &mut report);
     restore::cases(&context, &mut report);
+    page_server::cases(&context, &mut report);
+    streamer::cases(&context, &mut report);
     migrate::cases(&context, &mut report);
-    runc::cases(&context, &mut report);
+    lxc::cases(&context, &mut report);
     docker::cases(&context, &mut report);
+    runc::cases(&context, &mut report);
     Ok(report.tally)
 }
 

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use super::clients::{Clients, Witness};
 use super::moving::Moving;
-use super::plan::{Program, Role};
+use super::plan::{Mode, Program, Role};
 use super::recover::Recovery;
 use super::store::Store;
 use super::watch::Watch;
@@ -217,6 +217,7 @@ impl Ground {
         &self,
         from: Side,
         receiver: &Receiver,
+        mode: Mode,
         hold: Option<&Hold>,
         log: &Path,
     ) -> Result<Moving> {
@@ -229,7 +230,12 @@ impl Ground {
             .args(["--to", &receiver.target(), "--report"])
             .arg(&report)
             // Clients that make connections all the time are always in the middle of one.
-            .args(["--tcp-established", "--skip-in-flight"])
+            .args([
+                "--tcp-established",
+                "--skip-in-flight",
+                "--mode",
+                mode.name(),
+            ])
             .args(["--freeze-limit", &FREEZE_LIMIT.to_string(), "--work"])
             .arg(self.directory(from, "work"))
             .args(["--hook", &self.withdrawal()]);

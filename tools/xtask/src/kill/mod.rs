@@ -34,7 +34,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use self::ground::{Diary, Tested};
-use self::plan::{Plan, Program};
+use self::plan::{Mode, Plan, Program};
 use self::run::Known;
 use self::tally::{Ended, Tally};
 use crate::crxfer::Crxfer;
@@ -55,6 +55,9 @@ pub(crate) struct Options {
     /// Only seeds whose line contains this, such as "memcached, kill source criu" or "commit"
     #[arg(long, default_value = "")]
     only: String,
+    /// All of them in this mode, instead of half of them diskless
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
     /// Instead: each kind of fault once, as the tests of every change do it
     #[arg(long, conflicts_with_all = ["runs", "only"])]
     sample: bool,
@@ -71,6 +74,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         true => Plan::sample(options.seed),
         false => Plan::matching(options.seed, options.runs, &options.only),
     };
+    let plans = plans.into_iter().map(|plan| plan.in_mode(options.mode));
+    let plans: Vec<_> = plans.collect();
     ensure!(!plans.is_empty(), "no seed matches {:?}", options.only);
     if options.list {
         for plan in plans {

@@ -7,10 +7,19 @@ use std::fmt;
 pub(super) struct Plan {
     pub(super) seed: u64,
     pub(super) program: Program,
+    pub(super) mode: Mode,
     pub(super) fault: Fault,
     pub(super) moment: Moment,
     /// How long the operator waits before a dead receiver is started again, in milliseconds.
     pub(super) restart_ms: u64,
+}
+
+/// Where images are on their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Mode {
+    Disk,
+    Tmpfs,
+    Diskless,
 }
 
 /// What is moved.
@@ -178,13 +187,27 @@ impl Plan {
                 part: random.part(),
             },
         };
+        let fault = Fault::of(kind, &mut random);
+        let restart_ms = 50 + random.below(1500);
+        // Last, so that seeds stand for what they always have besides.
+        let mode = match random.below(2) {
+            0 => Mode::Disk,
+            _ => Mode::Diskless,
+        };
         Self {
             seed,
             program,
-            fault: Fault::of(kind, &mut random),
+            mode,
+            fault,
             moment,
-            restart_ms: 50 + random.below(1500),
+            restart_ms,
         }
+    }
+
+    /// The same in that mode, if there is one.
+    pub(super) fn in_mode(self, mode: Option<Mode>) -> Self {
+        let mode = mode.unwrap_or(self.mode);
+        Self { mode, ..self }
     }
 
     /// From `seed` on, `count` plans whose line contains `pattern`.
@@ -299,6 +322,17 @@ impl Program {
     }
 }
 
+impl Mode {
+    /// As `--mode` has it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Tmpfs => "tmpfs",
+            Self::Diskless => "diskless",
+        }
+    }
+}
+
 impl Role {
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -374,8 +408,8 @@ impl fmt::Display for Moment {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let program = self.program.name();
-        write!(f, "{program}, {}, {}", self.fault, self.moment)
+        let (program, mode) = (self.program.name(), self.mode.name());
+        write!(f, "{program}, {}, {}, {mode}", self.fault, self.moment)
     }
 }
 
@@ -467,6 +501,15 @@ mod tests {
         for program in [Program::Memcached, Program::Nginx] {
             assert!(sample.iter().any(|plan| plan.program == program));
         }
+    }
+
+    #[test]
+    fn half_of_the_runs_is_diskless() {
+        let plans = (0..MANY).map(Plan::of);
+        let diskless = plans.filter(|plan| plan.mode == Mode::Diskless).count();
+        assert!((1900..2100).contains(&diskless), "{diskless}");
+        let tmpfs = Plan::of(1).in_mode(Some(Mode::Tmpfs));
+        assert_eq!((tmpfs.mode, tmpfs.fault), (Mode::Tmpfs, Plan::of(1).fault));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::fault::{self, Strike};
 use super::ground::{Diary, FREEZE_LIMIT, Ground, Hold, Tested};
 use super::leftovers::{self, Clean};
 use super::moving::Moving;
-use super::plan::{Moment, Plan, Program, Role};
+use super::plan::{Mode, Moment, Plan, Program, Role};
 use super::timing::Timing;
 use super::{processes, settle, verdict};
 use crate::crxfer::Receiver;
@@ -50,8 +50,8 @@ impl Known {
     pub(super) fn new(tested: &Tested, program: Program, log: &Path) -> Result<Self> {
         let mut ground = Ground::new(tested, program)?;
         // To and fro: what is then on both hosts is what may stay there.
-        let there = Timing::of(&undisturbed(&mut ground, log)?)?;
-        let back = Timing::of(&undisturbed(&mut ground, log)?)?;
+        let there = Timing::of(&undisturbed(&mut ground, Mode::Disk, log)?)?;
+        let back = Timing::of(&undisturbed(&mut ground, Mode::Diskless, log)?)?;
         let clean = Clean::of(&ground)?;
         // A moment that comes late may come never.
         let timing = there.faster(back);
@@ -73,7 +73,7 @@ impl Known {
         self.clean
             .check(&self.ground)
             .context("after the recovery")?;
-        undisturbed(&mut self.ground, &log.join("again"))
+        undisturbed(&mut self.ground, plan.mode, &log.join("again"))
             .context("moving once more what survived")?;
         self.clean
             .check(&self.ground)
@@ -90,7 +90,8 @@ impl Known {
         };
         let hold_of = |role: Role| hold.as_ref().filter(|one| one.0 == role).map(|one| &one.1);
         let mut receiver = ground.receive(destination, hold_of(Role::Destination))?;
-        let mut moving = ground.migrate(source, &receiver, hold_of(Role::Source), log)?;
+        let mut moving =
+            ground.migrate(source, &receiver, plan.mode, hold_of(Role::Source), log)?;
         diary.note(format!("migrating from {source:?} to {destination:?}"));
         let point = hold.as_ref().map(|one| &one.1);
         let mut strike = None;
@@ -169,14 +170,14 @@ fn explained(error: anyhow::Error, ground: &Ground) -> anyhow::Error {
 }
 
 /// Moves the workload to the other host, which must succeed.
-fn undisturbed(ground: &mut Ground, log: &Path) -> Result<Moving> {
+fn undisturbed(ground: &mut Ground, mode: Mode, log: &Path) -> Result<Moving> {
     fs::create_dir_all(log)?;
     ground.keep_pids_free()?;
     ground.forget();
     let begin = Instant::now();
     let (source, destination) = (ground.side(Role::Source), ground.side(Role::Destination));
     let mut receiver: Receiver = ground.receive(destination, None)?;
-    let mut moving = ground.migrate(source, &receiver, None, log)?;
+    let mut moving = ground.migrate(source, &receiver, mode, None, log)?;
     let code = loop {
         if let Some(code) = moving.ended() {
             break code;

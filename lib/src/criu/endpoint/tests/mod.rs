@@ -33,6 +33,8 @@ struct Memory {
 enum Behave {
     #[default]
     Well,
+    /// With measurements.
+    Discards,
     FailsAtOpen,
     HangsInPages,
     HangsInClose,
@@ -57,8 +59,10 @@ impl PageSink for Memory {
     }
 
     fn pages(&mut self, batch: &Batch, bytes: Bytes) -> Result<(), SinkError> {
-        if self.behave == Behave::HangsInPages {
-            hang();
+        match self.behave {
+            Behave::HangsInPages => hang(),
+            Behave::Discards => return Ok(()),
+            _ => {}
         }
         self.pages.insert((batch.space, batch.vaddr), bytes);
         Ok(())
@@ -72,7 +76,7 @@ impl PageSink for Memory {
     fn close(&mut self) -> Result<i32, SinkError> {
         match self.behave {
             Behave::HangsInClose => hang(),
-            Behave::PanicsInClose => panic!("as the test wants it"),
+            Behave::PanicsInClose => std::panic::resume_unwind(Box::new("as the test wants it")),
             _ => {}
         }
         Ok(self.status)
@@ -106,6 +110,7 @@ fn options(once: bool) -> Options {
     Options {
         page_size: PageSize::new(4096).expect("a page size"),
         limits: QUICK,
+        prev_images: true,
         once,
     }
 }
@@ -331,7 +336,7 @@ fn a_pre_dump_that_only_asked_leaves_nothing() {
     criu.write_all(&stream).unwrap();
     let mut replies = [9; 8];
     criu.read_exact(&mut replies).unwrap();
-    assert_eq!(replies[..], [1i32.to_ne_bytes(), [0; 4]].concat());
+    assert_eq!(replies[..], [0; 8]);
     drop(criu);
     assert!(running.taken().is_none());
     running.stop();
@@ -410,4 +415,32 @@ fn an_inherited_descriptor_must_be_a_connected_stream() {
         assert!(matches!(running.join(), Err(EndpointError::NoStream)));
     }
     assert!(inherited(1 << 20).is_err());
+}
+
+#[test]
+fn criu_hears_of_a_parent_only_where_it_has_one_itself() {
+    let layout = HeaderLayout::New;
+    let parents = |prev_images| {
+        let options = Options {
+            prev_images,
+            ..options(false)
+        };
+        let running = Running::listen(options, good);
+        let mut answers = Vec::new();
+        for _ in 0..2 {
+            let mut criu = running.connect();
+            criu.write_all(&header(layout, PARENT, 0, 0, TASK)).unwrap();
+            let mut answer = [9; 4];
+            criu.read_exact(&mut answer).unwrap();
+            answers.push(i32::from_ne_bytes(answer));
+            criu.write_all(&one_page(layout, CLOSE)).unwrap();
+            criu.read_exact(&mut [0; 5]).unwrap();
+            drop(criu);
+            running.taken();
+        }
+        running.stop();
+        answers
+    };
+    assert_eq!(parents(true), [0, 1]);
+    assert_eq!(parents(false), [0, 0]);
 }

@@ -2,6 +2,7 @@ use std::process::{Child, Command};
 
 use super::super::sample_about;
 use super::*;
+use crate::testing::SmallDisk;
 use crate::transport::{self, Identity};
 use crate::tree::Tree;
 use crate::wire::MigrationId;
@@ -220,61 +221,14 @@ async fn who_is_asked_to_stop_leaves_the_tree_held() {
     assert_eq!(stage.state(), SourceState::Committed);
 }
 
-/// A file system of its own, small enough to be filled.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn mount() -> Option<Self> {
-        let place = tempfile::tempdir().expect("a directory");
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]);
-        let mounted = mount.arg(place.path()).status();
-        let mounted = mounted.is_ok_and(|status| status.success());
-        if !mounted {
-            println!("not tried: nothing can be mounted here");
-        }
-        mounted.then(|| Self(place))
-    }
-
-    fn filler(&self) -> std::path::PathBuf {
-        self.0.path().join("filler")
-    }
-
-    /// Leaves no room for another line of the journal, nor for anything else.
-    fn fill(&self, journal: &Journal<SourceState>) {
-        const PAGE: u64 = 4096;
-        let file = journal.directory().join("journal");
-        let length = || std::fs::metadata(&file).expect("there").len();
-        let before = length();
-        // Only what is new is written: the same line once more is as much longer as the name.
-        journal
-            .note(|about| about.name.push('x'))
-            .expect("there is room");
-        let line = length() - before;
-        let short = PAGE - (length() + line) % PAGE;
-        let more = "x".repeat(usize::try_from(short).expect("at most a page"));
-        journal
-            .note(|about| about.name += &more)
-            .expect("there is room");
-        assert_eq!(length() % PAGE, 0, "its last page is full");
-        let filled = std::fs::write(self.filler(), vec![0; 1 << 20]);
-        filled.expect_err("it is small");
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
-    }
-}
-
 #[tokio::test]
 async fn on_a_full_disk_the_tree_is_released_first_and_recorded_later() {
-    let Some(disk) = SmallDisk::mount() else {
+    let place = tempfile::tempdir().expect("a directory");
+    let Some(disk) = SmallDisk::mount(place.path(), 64).expect("mount starts") else {
         return;
     };
     let before = [SourceState::Freezing, SourceState::Fencing];
-    let stage = Stage::below(disk.0.path(), |_| {}).at(&before);
+    let stage = Stage::below(place.path(), |_| {}).at(&before);
     stage.be_stopped().await;
     disk.fill(&stage.journal);
     let outcome = stage.try_finish(SOON).await;
@@ -293,10 +247,11 @@ async fn on_a_full_disk_the_tree_is_released_first_and_recorded_later() {
 
 #[tokio::test]
 async fn on_a_full_disk_what_was_committed_stays_held() {
-    let Some(disk) = SmallDisk::mount() else {
+    let place = tempfile::tempdir().expect("a directory");
+    let Some(disk) = SmallDisk::mount(place.path(), 64).expect("mount starts") else {
         return;
     };
-    let stage = Stage::below(disk.0.path(), |_| {}).at(&TO_COMMIT);
+    let stage = Stage::below(place.path(), |_| {}).at(&TO_COMMIT);
     stage.be_stopped().await;
     let decided = stage.journal.decide(Keep::Source, "a test");
     decided.expect("recorded");

@@ -25,7 +25,7 @@ impl Driver<'_> {
     #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     ///
     /// Succeeds where it was in doubt, and the workload then runs at the destination.
-    pub(super) async fn give_up(&mut self, error: MigrateError) -> Result<(), MigrateFailure> {
+    pub(super) async fn give_up(&mut self, mut error: MigrateError) -> Result<(), MigrateFailure> {
         self.may_stop = false;
         // Nothing is expected of an iteration any more.
         self.iterating = None;
@@ -63,10 +63,17 @@ impl Driver<'_> {
             self.meet_to_abort(left).await
         };
         self.close_record(is_clean).await;
-        if let (MigrateError::Criu(CriuError::Failed(_) | CriuError::Command { .. }), Some(place)) =
-            (&error, &mut self.place)
+        if matches!(
+            error,
+            MigrateError::Criu(CriuError::Failed(_) | CriuError::Command { .. })
+        ) && let Some(place) = &mut self.place
         {
             place.keep_logs();
+        }
+        if let (MigrateError::Criu(CriuError::Failed(failure)), Some(work)) =
+            (&mut error, &self.work)
+        {
+            work.keep_log(&mut failure.log, &self.id.to_string());
         }
         Err(MigrateFailure {
             error,

@@ -39,11 +39,9 @@ impl Driver<'_> {
     ) -> Result<Outgoing, MigrateError> {
         let begun = self.clock.now_ns();
         let number = self.session.prepare_final(Instant::now());
-        let place = DumpPlace::create(&self.options.work, &self.id.to_string());
-        let mut place = place.map_err(|source| MigrateError::Work {
-            path: self.options.work.clone(),
-            source,
-        })?;
+        let work = self.work_path();
+        let place = DumpPlace::create(&work, &self.id.to_string());
+        let mut place = place.map_err(|source| MigrateError::Work { path: work, source })?;
         if self.options.external.is_some() {
             place.serves(self.options.pid);
         }
@@ -90,14 +88,18 @@ impl Driver<'_> {
     // Until all of the dump is written and its memory on the stream.
     pub(super) async fn dumped(&mut self) -> Result<Outgoing, MigrateError> {
         let (mut outgoing, mut held, mut from) = (None, false, 0);
+        let mut is_begun = false;
         let mut hook: Option<JoinHandle<_>> = None;
         while !held || outgoing.is_none() {
             let moment = self.moment().await?;
             match moment {
                 Moment::Freezing { at_ns } => (self.freezing_ns, from) = (at_ns, at_ns),
                 Moment::MemoryBegins { at_ns } => {
-                    self.phase("freeze the tree", from, at_ns);
-                    from = at_ns;
+                    if !held {
+                        self.phase("freeze the tree", from, at_ns);
+                        from = at_ns;
+                    }
+                    is_begun = true;
                     hook = self.start_hook(hooks::Moment::AfterFreeze);
                 }
                 Moment::MemoryEnds {
@@ -116,7 +118,13 @@ impl Driver<'_> {
                 }
                 Moment::Held { at_ns, images } => {
                     self.dumped_images = images;
-                    self.phase("dump the rest", from.min(at_ns), at_ns);
+                    if is_begun {
+                        self.phase("dump the rest", from.min(at_ns), at_ns);
+                    } else {
+                        // A command's, whose memory lies in files.
+                        self.phase("freeze and dump", from, at_ns);
+                        from = at_ns;
+                    }
                     let took = at_ns.saturating_sub(self.freezing_ns);
                     self.dump_took = Duration::from_nanos(took);
                     held = true;

@@ -11,6 +11,7 @@ mod safety;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow::{Break, Continue};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
@@ -24,7 +25,8 @@ use super::iterate::Parent;
 use super::record::{FencingError, Records};
 use super::report::{Host, HostCheck, MigrationReport, Outcome, PhaseReport, may_begin};
 use super::stream::RecordStream;
-use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions};
+use super::work::Work;
+use super::{MigrateError, MigrateEvent, MigrateFailure, MigrateOptions, Mode};
 use crate::criu::CriuOptions;
 use crate::hooks;
 use crate::page::PageSize;
@@ -39,7 +41,7 @@ use crate::transfer::costs;
 use crate::transfer::guard::Guard;
 use crate::transfer::send::{EndOnDrop, connect, source_config};
 use crate::transport::{CloseCode, Connection, ControlSender};
-use crate::wire::{Message, MigrationId, Offer, Phase, RestoreOptions};
+use crate::wire::{Keeping, Message, MigrationId, Offer, Phase, RestoreOptions};
 
 /// Moves a running process tree to the destination, and returns when it runs there.
 ///
@@ -201,6 +203,8 @@ struct Driver<'a> {
     record: Option<Arc<Records>>,
     guard: Option<Guard>,
     fencing: Option<JoinHandle<Result<(), FencingError>>>,
+    // Where the images are made.
+    work: Option<Work>,
     place: Option<DumpPlace>,
     // Where a command has made them.
     dumped_images: Option<Images>,
@@ -245,7 +249,10 @@ impl<'a> Driver<'a> {
             facts: survey.facts.encode(),
             options: restore_options(&options.criu),
             dry_run: options.dry_run,
-            keeping: crate::wire::Keeping::AsSet,
+            keeping: match options.mode {
+                Mode::Diskless => Keeping::Memory,
+                Mode::Disk | Mode::Tmpfs => Keeping::AsSet,
+            },
             runtime: external.map_or_else(String::new, |it| it.runtime.clone()),
             container: external.map_or_else(String::new, |it| it.container.clone()),
         };
@@ -263,6 +270,7 @@ impl<'a> Driver<'a> {
             id,
             name: name.clone(),
             outcome: Outcome::Checked,
+            mode: options.mode,
             checks,
             method: "",
             iterations: Vec::new(),
@@ -307,6 +315,7 @@ impl<'a> Driver<'a> {
             record: None,
             guard: None,
             fencing: None,
+            work: None,
             place: None,
             dumped_images: None,
             parent: None,
@@ -325,6 +334,7 @@ impl<'a> Driver<'a> {
         if !self.offer().await? {
             return Ok(());
         }
+        self.work = Some(Work::open(self.options.mode, &self.options.work)?);
         self.record().await?;
         self.touched = true;
         self.hook(hooks::Moment::BeforeFirstIteration).await?;
@@ -389,6 +399,12 @@ impl<'a> Driver<'a> {
 
     fn emit(&self, event: MigrateEvent) {
         self.options.events.emit(event);
+    }
+
+    fn work_path(&self) -> PathBuf {
+        self.work
+            .as_ref()
+            .map_or_else(|| self.options.work.clone(), |work| work.path().to_owned())
     }
 
     fn environment(&self) -> hooks::Environment {

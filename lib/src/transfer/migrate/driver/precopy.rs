@@ -67,7 +67,7 @@ impl Driver<'_> {
             pid: self.options.pid,
             program: self.options.program.clone(),
             criu: self.options.criu.clone(),
-            work: self.options.work.clone(),
+            work: self.work_path(),
             name: self.id.to_string(),
         };
         let precopy = match (&self.options.external, &self.options.precopy) {

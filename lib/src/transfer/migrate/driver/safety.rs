@@ -60,8 +60,9 @@ impl Driver<'_> {
             path: options.state.clone(),
             source,
         })?;
-        let work = std::path::absolute(&options.work).map_err(|source| MigrateError::Work {
-            path: options.work.clone(),
+        let work = self.work_path();
+        let work = std::path::absolute(&work).map_err(|source| MigrateError::Work {
+            path: work.clone(),
             source,
         })?;
         let processes = self.survey.processes.iter().map(|process| process.pid);

@@ -40,6 +40,9 @@ impl Driver<'_> {
                 self.dumped_bytes = pages * self.offer.page_size.bytes();
                 self.complete(directory);
             }
+            standby::Event::Dumped(_) => {
+                return Err(SessionError::Protocol("a dump out of order").into());
+            }
         }
         Ok(())
     }
@@ -87,7 +90,7 @@ impl Driver<'_> {
         // The journal says from now on what happens to it: this process's end does not remove it.
         self.place.owned = false;
         let tell = self.tell.clone();
-        let durable = self.shared.store.is_durable();
+        let durable = self.is_durable();
         let checked = directory.clone();
         let record = self.record.clone();
         spawn_blocking(move || {
@@ -131,7 +134,7 @@ impl Driver<'_> {
             let _ = tell.send(Happening::Restore(moment));
         };
         let images = self.place.path.join(standby::FINAL);
-        let work = self.place.path.join("work");
+        let work = self.place.work.clone();
         self.restore_ended = false;
         let restoring = restore::restore(*worker, images, work, criu, self.clock, told);
         self.restoring = Some(restoring.tried("start a thread for", &self.place.path)?);
@@ -188,7 +191,7 @@ impl Driver<'_> {
         let CriuError::Failed(mut failure) = error else {
             return error;
         };
-        let kept = self.shared.store.state_path("restore.log");
+        let kept = self.shared.store.home_path("restore.log");
         match fs::rename(&failure.log, &kept) {
             Ok(()) => failure.log = kept,
             Err(error) => tracing::warn!("cannot keep {}: {error}", failure.log.display()),

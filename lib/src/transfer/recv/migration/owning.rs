@@ -431,11 +431,13 @@ impl Driver<'_> {
         self.place.owned = self.state.is_some();
         let gone = Place {
             path: PathBuf::new(),
+            work: PathBuf::new(),
             owned: false,
         };
         let place = std::mem::replace(&mut self.place, gone);
         let removing = spawn_blocking(move || drop(place));
         removing.await.expect("removing does not panic");
+        self.shared.memories.release(self.offer.id);
     }
 
     pub(super) async fn after_abort(&mut self, reason: String) {

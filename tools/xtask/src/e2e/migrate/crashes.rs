@@ -241,7 +241,9 @@ fn full_disk(context: &Context) -> Result<String> {
 fn fill(stage: Stage, mover: &Mover<'_>) -> Result<String> {
     let receiver = mover.receive(&stage.network)?;
     let since = stage.poller.now();
-    let migrating = start(mover, &stage, &receiver, Moment::Precopy)?;
+    let words = [TCP, "--mode", "disk"];
+    let mut migrating = mover.start(&stage.network, stage.pid, &receiver, &words)?;
+    Moment::Precopy.await_in(&stage, &mut migrating)?;
     // Until nothing fits any more.
     let _ = fs::write(mover.received().join(".other"), vec![1; 100 << 20]);
     let (code, message) = migrating.wait()?.refused()?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use super::trouble::{TCP, said};
-use super::{Context, Mover, Report, Scope, small};
+use super::{Context, Mover, Report, Scope, diskless, small};
 use crate::crxfer::Receiver;
 use crate::crxfer::migrate::{Ended, Migrating};
 use crate::hosts::{Network, Rate};
@@ -30,9 +30,11 @@ const A_WHILE: Duration = Duration::from_secs(3);
 pub(super) fn cases(context: &Context, report: &mut Report) {
     let quick = context.scope == Scope::Quick;
     for point in POINTS {
-        let name = format!("migrate: destination killed when {}", point.when);
-        if !quick || point.name == "resuming" {
-            report.case(&name, || killed(context, point));
+        for mode in ["disk", "diskless"] {
+            let name = format!("migrate: destination killed when {}, {mode}", point.when);
+            if !quick || point.name == "resuming" {
+                report.case(&name, || killed(context, point, mode));
+            }
         }
     }
     if quick {
@@ -56,9 +58,8 @@ struct Point {
 enum Ends {
     /// The source has not committed.
     OnA,
-    /// It has, and must meet a receiver again.
-    WithReceiver,
-    /// The destination knows that the copy is its own: the guard lets it go.
+    /// The guard knows that the copy is this host's, or hears so from the source in the place of the
+    /// receiver, and lets it go.
     ByGuard,
 }
 
@@ -76,7 +77,7 @@ const POINTS: [Point; 5] = [
     Point {
         name: "voted",
         when: "it has voted",
-        ends: Ends::WithReceiver,
+        ends: Ends::ByGuard,
     },
     Point {
         name: "resuming",
@@ -93,11 +94,24 @@ const POINTS: [Point; 5] = [
 pub(super) struct Scene<'a> {
     pub(super) stage: Stage,
     pub(super) mover: Mover<'a>,
+    mode: &'static str,
+    /// Seconds.
+    pub(super) freeze_limit: u32,
+    /// For how long a destination is stopped.
+    pub(super) pause: Duration,
 }
 
 impl<'a> Scene<'a> {
     pub(super) fn new(context: &'a Context) -> Result<Self> {
+        Self::in_mode(context, "disk")
+    }
+
+    /// Images are kept as `--mode` has it.
+    pub(super) fn in_mode(context: &'a Context, mode: &'static str) -> Result<Self> {
         Ok(Self {
+            mode,
+            freeze_limit: 10,
+            pause: LIMIT,
             stage: small(Rate::Megabits(1000))?,
             mover: Mover::new(context)?,
         })
@@ -121,7 +135,9 @@ impl<'a> Scene<'a> {
         let crxfer = self.pausing("source", point);
         let state = self.records();
         let state = state.to_str().context("a place with a plain name")?;
-        let words = [TCP, "--state", state];
+        let words = [TCP, "--state", state, "--mode", self.mode];
+        let limit = self.freeze_limit.to_string();
+        let words = [&words[..], &["--freeze-limit", &limit]].concat();
         crxfer
             .migrate(&self.network().hosts.a, self.stage.pid, to, &words)?
             .start()
@@ -135,7 +151,11 @@ impl<'a> Scene<'a> {
     fn pausing(&self, side: &str, point: Option<&str>) -> crate::crxfer::Crxfer {
         let crxfer = &self.mover.context.crxfer;
         let file = self.reached(side);
-        let pause = if side == "source" { UNTIL_CUT } else { LIMIT };
+        let pause = if side == "source" {
+            UNTIL_CUT
+        } else {
+            self.pause
+        };
         match point {
             None => crxfer.clone(),
             Some(point) => crxfer
@@ -188,16 +208,17 @@ impl<'a> Scene<'a> {
     }
 }
 
-fn killed(context: &Context, point: Point) -> Result<String> {
-    let scene = Scene::new(context)?;
+fn killed(context: &Context, point: Point, mode: &'static str) -> Result<String> {
+    let scene = Scene::in_mode(context, mode)?;
     let outcome = kill(&scene, point);
     let outcome = outcome.with_context(|| scene.journals())?;
+    diskless::ensure_nothing_held(scene.network())?;
     match point.ends {
         Ends::OnA => {
             scene.stage.stayed(outcome)?;
             Ok("the workload stays on A".to_owned())
         }
-        Ends::WithReceiver | Ends::ByGuard => {
+        Ends::ByGuard => {
             let seen = scene.stage.moved()?;
             Ok(format!("one copy, on B, after {} ms", seen.downtime.ms()))
         }
@@ -236,7 +257,7 @@ fn kill(scene: &Scene<'_>, point: Point) -> Result<Duration> {
                 .mover
                 .await_removed(scene.network(), scene.stage.pid)?;
         }
-        Ends::WithReceiver | Ends::ByGuard => {
+        Ends::ByGuard => {
             ensure_migrated(&ended, &receiver)?;
             scene.network().withdraw(&scene.network().hosts.a)?;
             scene.await_on_b()?;
@@ -247,7 +268,7 @@ fn kill(scene: &Scene<'_>, point: Point) -> Result<Duration> {
 }
 
 /// Its report lacks what was lost with the connection, such as the downtime.
-fn ensure_migrated(ended: &Ended, receiver: &Receiver) -> Result<()> {
+pub(super) fn ensure_migrated(ended: &Ended, receiver: &Receiver) -> Result<()> {
     ensure!(
         ended.code == Some(0),
         "crxfer migrate ended with {:?}: {}; crxfer recv said:\n{}",

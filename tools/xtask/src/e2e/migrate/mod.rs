@@ -1,6 +1,7 @@
 //! Programs that are moved while clients use them: one copy runs, with all that clients were told.
 
 mod crashes;
+mod diskless;
 mod held;
 mod pre_dumps;
 mod programs;
@@ -38,6 +39,7 @@ pub(super) fn cases(context: &Context, report: &mut Report) {
     trouble::cases(context, report);
     crashes::cases(context, report);
     held::cases(context, report);
+    diskless::cases(context, report);
     sources::cases(context, report);
     zdtm::cases(context, report);
 }
