@@ -1,6 +1,5 @@
 //! Docker containers that are moved between two daemons while clients use them, and moves that fail.
 
-use std::cell::OnceCell;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use super::{Context, Report, Scope};
 use crate::apt;
 use crate::crxfer::migrate::{Ended, Migrating, Migration, Report as Moved};
 use crate::crxfer::{Crxfer, Place, Receiver};
-use crate::docker::{Counter, Daemon, Daemons};
+use crate::docker::{self, Counter, Daemon, Daemons};
 use crate::hosts::{Host, Network, Rate, Side};
 use crate::run;
 use crate::scratch::Scratch;
@@ -64,21 +63,11 @@ struct Ground<'a> {
 
 impl<'a> Ground<'a> {
     fn new(context: &'a Context, rate: Rate) -> Result<Self> {
-        let started = OnceCell::new();
-        let stage = Stage::start_by(rate, 60, 50, &|network, program, words| {
-            let daemons = Daemons::start(network)?;
-            daemons.import(network, "memcached:1", program, &[])?;
-            let program = program.display().to_string();
-            let words: Vec<&str> = [&[program.as_str()], words].concat();
-            let a = &network.hosts.a;
-            let pid = daemons.a.run(a, NAME, &[RESTART], "memcached:1", &words)?;
-            started.get_or_init(|| daemons);
-            Ok(pid)
-        })?;
+        let (stage, daemons) = docker::serving(NAME, rate, 60, 50, &[RESTART])?;
         Ok(Self {
             context,
             stage,
-            daemons: started.into_inner().context("no daemons")?,
+            daemons,
             memory: Scratch::within(Path::new("/dev/shm"), "docker")?,
         })
     }
@@ -219,7 +208,7 @@ fn counter(context: &Context) -> Result<String> {
 
 fn without_image(context: &Context) -> Result<String> {
     let ground = Ground::new(context, Rate::Megabits(1000))?;
-    let image = ["rmi", "memcached:1"];
+    let image = ["rmi", docker::STORE];
     ground.daemons.b.docker(ground.host(Side::B), &image)?;
     let receiver = ground.receive(&context.crxfer)?;
     let since = ground.stage.poller.now();
