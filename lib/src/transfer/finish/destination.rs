@@ -329,6 +329,8 @@ fn wanted_by_command(about: &DestinationAbout) -> Option<restore::Wanted> {
         container: about.container.clone(),
         options: about.options.clone(),
         place: about.scene(),
+        // Of use only where a copy is built again, which looks for them before.
+        images: images_of(about).unwrap_or_default(),
     })
 }
 

@@ -32,7 +32,7 @@ use crate::runtime::RestoreCommand;
 use crate::session::SessionError;
 use crate::session::migration::{MigrationDestination, MigrationDestinationCommand as Command};
 use crate::sink::Holder;
-use crate::standby::Standby;
+use crate::standby::{self, Standby};
 use crate::store::Tried as _;
 use crate::transfer::clock::{Clock, nanos};
 use crate::transfer::finish::Alive;
@@ -214,6 +214,7 @@ impl<'a> Driver<'a> {
             container: offer.container.clone(),
             options: offer.options.clone(),
             place: place.path.clone(),
+            images: place.path.join(standby::FINAL),
         });
         let in_memory = shared.memories.wants(offer.keeping);
         let (tell, happenings) = mpsc::unbounded_channel();
@@ -469,6 +470,7 @@ impl<'a> Driver<'a> {
             self.place.work = record.about().work();
             if let Some(wanted) = &mut self.wanted {
                 wanted.place = record.about().scene();
+                wanted.images = self.place.path.join(standby::FINAL);
             }
             self.record = Some(record);
             self.state = Some(DestinationState::Receiving);

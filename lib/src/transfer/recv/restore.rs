@@ -12,7 +12,6 @@ use crate::criu::{
 };
 use crate::runtime::RestoreCommand;
 use crate::session::SessionError;
-use crate::standby;
 use crate::transfer::TransferError;
 use crate::transfer::clock::Clock;
 use crate::transfer::external::action::{self, POINTER, SOCKET_NAME};
@@ -74,8 +73,10 @@ pub(in crate::transfer) struct Wanted {
     pub(in crate::transfer) container: String,
     /// What the source asks CRIU for.
     pub(in crate::transfer) options: wire::RestoreOptions,
-    /// Directory of the migration.
+    /// Directory of the script, its socket, and logs.
     pub(in crate::transfer) place: PathBuf,
+    /// Directory of the images, which may be in memory.
+    pub(in crate::transfer) images: PathBuf,
 }
 
 impl Wanted {
@@ -170,7 +171,7 @@ pub(in crate::transfer) fn prepare_command(wanted: &Wanted) -> Result<Builder, C
         Operation::Restore,
         &wanted.runtime.command,
         &wanted.place,
-        &wanted.place.join(standby::FINAL),
+        &wanted.images,
         wanted.variables(),
         &wanted.runtime.action,
     )?;
