@@ -31,8 +31,8 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 5)]
     pairs: usize,
     /// What the pages are: random, text, mixed, … Or "migrate": moves a running memcached;
-    /// "docker": one in a container; "modes": three
-    /// workloads by tmpfs and disk-less, each against the studies' commands; "lxc": LXC containers
+    /// "docker": one in a container, at 1 Gb/s and 100 Mb/s; "modes": three workloads
+    /// by tmpfs and disk-less, each against the studies' commands; "lxc": LXC containers
     #[arg(long, default_value = "random")]
     kind: String,
     /// Rate of the line between the hosts, in Mb/s (migrate)

@@ -103,6 +103,7 @@ fn by_crxfer(crxfer: &Crxfer, stage: &Stage, daemons: &Daemons, memory: &Scratch
     let ended = daemons
         .a
         .migration(&network.hosts.a, crxfer, NAME, &receiver)
+        .with(&more())
         .start()?
         .wait()?;
     ended
@@ -111,6 +112,12 @@ fn by_crxfer(crxfer: &Crxfer, stage: &Stage, daemons: &Daemons, memory: &Scratch
     clock.lap("all");
     network.withdraw(&network.hosts.a)?;
     Ok(clock.parts)
+}
+
+/// More options for crxfer, as `--mode disk`.
+fn more() -> Vec<&'static str> {
+    let words = std::env::var("CRXFER_BENCH_MIGRATE").unwrap_or_default();
+    words.leak().split_whitespace().collect()
 }
 
 /// The thesis's way, as well as Docker's commands do it: CRIU with nftables, copies to memory by an

@@ -182,10 +182,13 @@ fn memcached(context: &Context) -> Result<String> {
 fn counter(context: &Context) -> Result<String> {
     let network = Network::new(Rate::Megabits(1000))?;
     let daemons = Daemons::start(&network)?;
+    // The daemons go last: what containers leave behind can be removed when their hosts have ended.
+    let both = (network, daemons);
+    let (network, daemons) = &both;
     let memory = Scratch::within(Path::new("/dev/shm"), "docker")?;
     let program = run::find_program("node").context("Node.js is not installed")?;
     let file = [(Counter::FILE, Counter::SOURCE)];
-    daemons.import(&network, "counter:1", &program, &file)?;
+    daemons.import(network, "counter:1", &program, &file)?;
     let (program, file) = (program.display().to_string(), format!("/{}", Counter::FILE));
     let (a, b) = (&network.hosts.a, &network.hosts.b);
     daemons
@@ -193,7 +196,7 @@ fn counter(context: &Context) -> Result<String> {
         .run(a, "counter", &[], "counter:1", &[&program, &file])?;
     let mut client = Counter::connect(&network.c)?;
     client.count(100)?;
-    let receiver = receive(&context.crxfer, &network, &daemons, &memory)?;
+    let receiver = receive(&context.crxfer, network, daemons, &memory)?;
     let migrating = daemons
         .a
         .migration(a, &context.crxfer, "counter", &receiver)
