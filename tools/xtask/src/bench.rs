@@ -3,6 +3,7 @@
 //! mode against the studies' own commands for it; with `--kind lxc`, LXC containers against LXC's own tool.
 
 pub(crate) mod baseline;
+mod docker;
 mod lxc;
 mod migrate;
 mod modes;
@@ -29,8 +30,9 @@ pub(crate) struct Options {
     /// Pairs of runs; medians are shown
     #[arg(long, default_value_t = 5)]
     pairs: usize,
-    /// What the pages are: random, text, mixed, … Or "migrate": moves a running memcached; "modes": three
-    /// workloads by tmpfs and disk-less, each against the studies' commands; "lxc": LXC containers
+    /// What the pages are: random, text, mixed, … Or "migrate": moves a running memcached;
+    /// "docker": one in a container, at 1 Gb/s and 100 Mb/s; "modes": three workloads
+    /// by tmpfs and disk-less, each against the studies' commands; "lxc": LXC containers
     #[arg(long, default_value = "random")]
     kind: String,
     /// Rate of the line between the hosts, in Mb/s (migrate)
@@ -72,6 +74,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     if options.kind == "lxc" {
         return lxc::run(options);
+    }
+    if options.kind == "docker" {
+        return docker::run(options);
     }
     // In memory, where the machine has such a place: disks would be measured otherwise.
     let bench = Bench {

@@ -3,6 +3,7 @@
 
 mod counter;
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,9 +17,10 @@ pub(crate) use counter::Counter;
 
 use crate::crxfer::migrate::Migration;
 use crate::crxfer::{Crxfer, Receiver};
-use crate::hosts::{Host, Network};
+use crate::hosts::{Host, Network, Rate};
 use crate::run;
 use crate::scratch::Scratch;
+use crate::stage::Stage;
 
 /// Docker's own command: others by its name may come first in PATH.
 const DOCKER: &str = "/usr/bin/docker";
@@ -28,6 +30,38 @@ const PATH: &str = "PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/loca
 
 /// How long a daemon may take to answer.
 const STARTED_WITHIN: Duration = Duration::from_secs(40);
+
+/// Name of the image with memcached.
+pub(crate) const STORE: &str = "memcached:1";
+
+/// Starts everything for a memcached in container `name` on A, with daemons on A and B.
+pub(crate) fn serving(
+    name: &str,
+    rate: Rate,
+    mib: u64,
+    writes: u32,
+    options: &[&str],
+) -> Result<(Stage, Daemons)> {
+    let started = OnceCell::new();
+    let stage = Stage::start_by(rate, mib, writes, &|network, program, words| {
+        let daemons = Daemons::start(network)?;
+        daemons.import(network, STORE, program, &[])?;
+        let program = program.display().to_string();
+        let words: Vec<&str> = [&[program.as_str()], words].concat();
+        let pid = daemons
+            .a
+            .run(&network.hosts.a, name, options, STORE, &words)?;
+        started.get_or_init(|| daemons);
+        Ok(pid)
+    })?;
+    Ok((stage, started.into_inner().context("no daemons")?))
+}
+
+/// What a container runs.
+pub(crate) fn words_of(daemon: &Daemon, host: &Host, name: &str) -> Result<Vec<String>> {
+    let words = daemon.inspect(host, name, "{{json .Config.Cmd}}")?;
+    Ok(serde_json::from_str(&words)?)
+}
 
 /// A daemon on each of two hosts.
 #[derive(Debug)]
@@ -145,6 +179,14 @@ impl Daemon {
         Ok(fs::read_to_string(self.root.join("pid"))?.trim().parse()?)
     }
 
+    /// Where it looks for checkpoints of container `id`.
+    pub(crate) fn checkpoints(&self, id: &str) -> PathBuf {
+        self.root
+            .join("data/containers")
+            .join(id)
+            .join("checkpoints")
+    }
+
     fn address(&self) -> String {
         format!("DOCKER_HOST=unix://{}/socket", self.root.display())
     }
@@ -228,6 +270,11 @@ impl Daemon {
         let mut command = host.command("env");
         command.args([PATH, &self.address(), "sh", "-c", script]);
         run::quiet(command.arg(tree).args([DOCKER, name])).map(drop)
+    }
+
+    /// Whether it knows any container.
+    pub(crate) fn has_containers(&self) -> bool {
+        !self.container_ids().is_empty()
     }
 
     fn container_ids(&self) -> Vec<String> {

@@ -1,6 +1,5 @@
 //! Docker containers that are moved between two daemons while clients use them, and moves that fail.
 
-use std::cell::OnceCell;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use super::{Context, Report, Scope};
 use crate::apt;
 use crate::crxfer::migrate::{Ended, Migrating, Migration, Report as Moved};
 use crate::crxfer::{Crxfer, Place, Receiver};
-use crate::docker::{Counter, Daemon, Daemons};
+use crate::docker::{self, Counter, Daemon, Daemons};
 use crate::hosts::{Host, Network, Rate, Side};
 use crate::run;
 use crate::scratch::Scratch;
@@ -64,21 +63,11 @@ struct Ground<'a> {
 
 impl<'a> Ground<'a> {
     fn new(context: &'a Context, rate: Rate) -> Result<Self> {
-        let started = OnceCell::new();
-        let stage = Stage::start_by(rate, 60, 50, &|network, program, words| {
-            let daemons = Daemons::start(network)?;
-            daemons.import(network, "memcached:1", program, &[])?;
-            let program = program.display().to_string();
-            let words: Vec<&str> = [&[program.as_str()], words].concat();
-            let a = &network.hosts.a;
-            let pid = daemons.a.run(a, NAME, &[RESTART], "memcached:1", &words)?;
-            started.get_or_init(|| daemons);
-            Ok(pid)
-        })?;
+        let (stage, daemons) = docker::serving(NAME, rate, 60, 50, &[RESTART])?;
         Ok(Self {
             context,
             stage,
-            daemons: started.into_inner().context("no daemons")?,
+            daemons,
             memory: Scratch::within(Path::new("/dev/shm"), "docker")?,
         })
     }
@@ -193,10 +182,13 @@ fn memcached(context: &Context) -> Result<String> {
 fn counter(context: &Context) -> Result<String> {
     let network = Network::new(Rate::Megabits(1000))?;
     let daemons = Daemons::start(&network)?;
+    // The daemons go last: what containers leave behind can be removed when their hosts have ended.
+    let both = (network, daemons);
+    let (network, daemons) = &both;
     let memory = Scratch::within(Path::new("/dev/shm"), "docker")?;
     let program = run::find_program("node").context("Node.js is not installed")?;
     let file = [(Counter::FILE, Counter::SOURCE)];
-    daemons.import(&network, "counter:1", &program, &file)?;
+    daemons.import(network, "counter:1", &program, &file)?;
     let (program, file) = (program.display().to_string(), format!("/{}", Counter::FILE));
     let (a, b) = (&network.hosts.a, &network.hosts.b);
     daemons
@@ -204,7 +196,7 @@ fn counter(context: &Context) -> Result<String> {
         .run(a, "counter", &[], "counter:1", &[&program, &file])?;
     let mut client = Counter::connect(&network.c)?;
     client.count(100)?;
-    let receiver = receive(&context.crxfer, &network, &daemons, &memory)?;
+    let receiver = receive(&context.crxfer, network, daemons, &memory)?;
     let migrating = daemons
         .a
         .migration(a, &context.crxfer, "counter", &receiver)
@@ -219,7 +211,7 @@ fn counter(context: &Context) -> Result<String> {
 
 fn without_image(context: &Context) -> Result<String> {
     let ground = Ground::new(context, Rate::Megabits(1000))?;
-    let image = ["rmi", "memcached:1"];
+    let image = ["rmi", docker::STORE];
     ground.daemons.b.docker(ground.host(Side::B), &image)?;
     let receiver = ground.receive(&context.crxfer)?;
     let since = ground.stage.poller.now();
@@ -299,7 +291,7 @@ fn struck(context: &Context, fault: Fault) -> Result<String> {
     let since = ground.stage.poller.now();
     let mut migrating = ground.start(&source, &receiver)?;
     let at = run::wait_for("the moment", LIMIT, || match fault.points() {
-        [None, None] => named(ground.host(Side::B), "criu").map(drop),
+        [None, None] => restoring(&ground).map(drop),
         _ => point.exists().then_some(()),
     });
     if let Err(error) = at {
@@ -312,6 +304,11 @@ fn struck(context: &Context, fault: Fault) -> Result<String> {
     strike(&ground, fault, &mut migrating, &mut receiver)?;
     let ended = migrating.wait()?;
     let (side, log) = settle(&ground, receiver)?;
+    // Of use where both, crxfer and the script, were killed.
+    let mut clean = ground
+        .daemon(Side::A)
+        .script(ground.host(Side::A), &context.crxfer);
+    run::quiet(clean.args(["clean", "--", "--state", &ground.directory("state")]))?;
     let checked = || -> Result<String> {
         ground.ensure_tidy()?;
         let gap = ground.stage.poller.direct();
@@ -348,8 +345,10 @@ fn strike(
         }
         Fault::DestinationBuilding | Fault::DestinationVoted => receiver.kill(),
         Fault::Criu => {
-            let pid = named(b, "criu").context("CRIU has ended already")?;
-            b.signal(pid, "KILL")?;
+            // runc first asks a CRIU that ends at once what it can do.
+            run::wait_for("a CRIU to kill", Duration::from_secs(5), || {
+                b.signal(restoring(ground)?, "KILL").ok()
+            })?;
         }
         Fault::Dockerd => {
             b.signal(ground.daemons.b.pid()?, "KILL")?;
@@ -363,13 +362,26 @@ fn strike(
     Ok(())
 }
 
+/// The CRIU that runc has on B.
+fn restoring(ground: &Ground<'_>) -> Option<u32> {
+    if !ground.daemons.b.has_containers() {
+        return None;
+    }
+    process(ground.host(Side::B), "cmdline", "\0swrk\0")
+}
+
 /// A process of `host` by its name.
 fn named(host: &Host, name: &str) -> Option<u32> {
+    process(host, "comm", &format!("{name}\n"))
+}
+
+/// A process of `host` whose `file` has this text.
+fn process(host: &Host, file: &str, text: &str) -> Option<u32> {
     let processes = fs::read_dir(host.file(Path::new("/proc"))).ok()?.flatten();
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.find(|pid| {
-        let comm = host.file(Path::new(&format!("/proc/{pid}/comm")));
-        fs::read_to_string(comm).is_ok_and(|comm| comm.trim() == name)
+        let file = host.file(Path::new(&format!("/proc/{pid}/{file}")));
+        fs::read_to_string(file).is_ok_and(|found| found.contains(text))
     })
 }
 
@@ -380,18 +392,19 @@ fn settle(ground: &Ground<'_>, mut receiver: Receiver) -> Result<(Side, String)>
     }
     let mut log = String::new();
     let place = run::wait_for("both hosts to finish", LIMIT, || {
-        let quiet = [Side::A, Side::B].into_iter().all(|side| {
-            let said = recover(ground, side).unwrap_or_else(|error| format!("{error:#}"));
-            let is_done = !said.contains(r#""event":"outcome""#);
+        let mut is_quiet = true;
+        for side in [Side::A, Side::B] {
+            let (is_done, said) =
+                recover(ground, side).unwrap_or_else(|error| (false, format!("{error:#}")));
+            is_quiet &= is_done;
             log = format!("{log}{side:?}: {said}\n");
-            is_done
-        });
+        }
         let sides = [Side::A, Side::B].into_iter().filter(|side| {
             let host = ground.host(*side);
             host.listens_on(crate::workload::Memcached::PORT)
         });
         let sides: Vec<Side> = sides.collect();
-        (quiet && sides.len() == 1).then(|| sides[0])
+        (is_quiet && sides.len() == 1).then(|| sides[0])
     });
     let side = place
         .with_context(|| format!("{}\nrecv: {}", run::last_lines(&log, 20), receiver.said()))?;
@@ -401,18 +414,23 @@ fn settle(ground: &Ground<'_>, mut receiver: Receiver) -> Result<(Side, String)>
     Ok((side, log))
 }
 
-/// What `crxfer recover` finds there.
-fn recover(ground: &Ground<'_>, side: Side) -> Result<String> {
+/// Runs `crxfer recover`: whether nothing is left to do there, and what it said.
+fn recover(ground: &Ground<'_>, side: Side) -> Result<(bool, String)> {
+    const FINISHED: [&str; 5] = ["kept", "moved", "running", "removed", "over"];
+    let place = match side {
+        Side::A => ["--state".to_owned(), ground.directory("state")],
+        Side::B => ["--dir".to_owned(), ground.directory("received")],
+    };
     let mut command = ground.context.crxfer.command(Place::On(ground.host(side)));
-    command.args([
-        "recover",
-        "--json",
-        "--wait",
-        "3",
-        "--state",
-        &ground.directory("state"),
-    ]);
-    command.args(["--dir", &ground.directory("received")]);
+    command
+        .args(["recover", "--json", "--wait", "3"])
+        .args(place);
     let output = command.output()?;
-    Ok(run::said(&output))
+    let text = String::from_utf8_lossy(&output.stdout);
+    let lines = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let mut outcomes = lines.filter(|line| line["event"] == "outcome");
+    let is_done = outcomes.all(|line| FINISHED.iter().any(|outcome| line["outcome"] == *outcome));
+    Ok((is_done, run::said(&output)))
 }
