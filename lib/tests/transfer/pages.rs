@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crxfer::criu::page_client::{PageSink as _, serve, socket_pair};
 use crxfer::delta::SetName;
-use crxfer::image::{Chain, Completeness};
+use crxfer::image::{Chain, Completeness, PagemapName};
 use crxfer::page::PageSize;
 use crxfer::store::{Record, Store};
 use crxfer::transfer::pages::{PagesMemory, PagesOptions, PagesUpload};
@@ -395,5 +395,84 @@ async fn a_damaged_generation_is_not_built_on() {
     let (parents, stored) = upload(&options, vec![full(TASK, 1..=20)]).await;
     assert_eq!((parents, stored.fresh_pages), (vec![false], 20));
     assert!(is_sound(dir.path()));
+    to.stop().await;
+}
+
+/// Dumps of which only the questions arrive have reset what the kernel tracks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_pre_dump_that_only_asked_makes_the_next_one_whole() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = options(&Peer::new(), &to);
+    for ends in [Some("close"), Some("end"), None] {
+        // Twice: the first may be the whole one that follows.
+        upload(&options, vec![full(TASK, 1..=3)]).await;
+        let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
+        assert_eq!(parents, [true]);
+        let (again, handle) = (options.clone(), Handle::current());
+        let asks = move || {
+            let mut upload = PagesUpload::connect(again, handle).unwrap();
+            let Some(end) = ends else {
+                assert!(upload.has_parent(PagemapName::Task(4)).unwrap());
+                return drop(upload);
+            };
+            let (mut ours, theirs) = socket_pair().unwrap();
+            let mut criu = UnixStream::from(theirs);
+            criu.write_all(&header(5, 0, 0, TASK)).unwrap();
+            if end == "close" {
+                criu.write_all(&header(0x1024, 0, 0, 0)).unwrap();
+            }
+            criu.shutdown(std::net::Shutdown::Write).unwrap();
+            let page_size = PageSize::new(PAGE as u64).unwrap();
+            let _ = serve(&mut ours, page_size, &mut upload);
+            let mut answer = [0; 4];
+            criu.read_exact(&mut answer).unwrap();
+            assert_eq!(i32::from_ne_bytes(answer), 1, "it is held");
+            upload.finish().expect_err("nothing came");
+        };
+        tokio::task::spawn_blocking(asks).await.unwrap();
+        to.settled().await;
+        let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
+        assert_eq!(parents, [false], "{ends:?}");
+    }
+    to.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_that_are_left_out_unasked_are_refused() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = PagesOptions {
+        leaves_out: false,
+        ..options(&Peer::new(), &to)
+    };
+    upload(&options, vec![full(TASK, 1..=3)]).await;
+    let left = vec![(TASK, vec![None, Some(2)])];
+    let (heard, stored) = upload_as(options.clone(), left, true).await;
+    assert_eq!((heard.has_parent, heard.status), (vec![false], None));
+    stored.expect_err("refused");
+    assert_eq!(current(dir.path()).generation, 1);
+    to.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_whose_connection_has_ended_fails_at_its_first_call() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let (options, handle) = (options(&Peer::new(), &to), Handle::current());
+    let given_up = tokio::task::spawn_blocking(move || {
+        for opens in [true, false] {
+            let mut upload = PagesUpload::connect(options.clone(), handle.clone()).unwrap();
+            upload.canceller().cancel();
+            let space = PagemapName::Task(4);
+            let said = if opens {
+                upload.open(space)
+            } else {
+                upload.has_parent(space)
+            };
+            said.expect_err("it has ended");
+        }
+    });
+    given_up.await.unwrap();
     to.stop().await;
 }
