@@ -476,3 +476,93 @@ async fn an_upload_whose_connection_has_ended_fails_at_its_first_call() {
     given_up.await.unwrap();
     to.stop().await;
 }
+
+async fn connected(options: &PagesOptions) -> PagesUpload {
+    let (options, handle) = (options.clone(), Handle::current());
+    let connects = tokio::task::spawn_blocking(move || PagesUpload::connect(options, handle));
+    connects.await.unwrap().expect("the destination answers")
+}
+
+/// One page of one task, as the first dump has it.
+async fn dump_into(mut upload: PagesUpload, number: u64) -> Uploaded {
+    let dumps = move || {
+        let (mut ours, theirs) = socket_pair().unwrap();
+        let spaces = [full(TASK, [number])];
+        let criu = std::thread::spawn(move || dump(theirs.into(), &spaces, true));
+        let page_size = PageSize::new(PAGE as u64).unwrap();
+        let _ = serve(&mut ours, page_size, &mut upload);
+        drop(ours);
+        (criu.join().expect("no panic"), upload.finish())
+    };
+    tokio::task::spawn_blocking(dumps).await.unwrap()
+}
+
+/// What the second one's dump takes from the kernel's tracking, the first one's CRIU would leave out.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_sources_of_one_name_the_earlier_one_does_not_continue() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = options(&Peer::new(), &to);
+    upload(&options, vec![full(TASK, [1])]).await;
+    for dumps in [false, true] {
+        upload(&options, vec![full(TASK, [1])]).await;
+        let early = connected(&options_anew(&options)).await;
+        let late = connected(&options_anew(&options)).await;
+        let late = if dumps {
+            let (heard, stored) = dump_into(late, 2).await;
+            assert_eq!(heard.has_parent, [false], "the early one may have begun");
+            stored.expect("the last one that was offered");
+            None
+        } else {
+            Some(late)
+        };
+        let before = current(dir.path()).generation;
+        let (heard, stored) = dump_into(early, 3).await;
+        assert_ne!(heard.status, Some(0));
+        let error = stored.expect_err("overtaken").to_string();
+        assert!(error.contains("another transfer"), "{error}");
+        drop(late);
+        to.settled().await;
+        assert_eq!(current(dir.path()).generation, before);
+        // And it has reset what the kernel tracks.
+        let (parents, _) = upload(&options, vec![full(TASK, [1])]).await;
+        assert_eq!(parents, [false], "the late one dumps: {dumps}");
+    }
+    to.stop().await;
+}
+
+/// Not tracked is also what a session that was offered meanwhile must not be told of.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dump_that_ends_after_another_was_offered_is_not_continued() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = options(&Peer::new(), &to);
+    let early = connected(&options).await;
+    let late = connected(&options_anew(&options)).await;
+    let (_, stored) = dump_into(early, 1).await;
+    stored.expect("the first of its name");
+    drop(late);
+    to.settled().await;
+    let (parents, _) = upload(&options, vec![full(TASK, [1])]).await;
+    assert_eq!(parents, [false]);
+    to.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_generation_that_is_not_built_on_is_not_tracked_either() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let (one, another) = (Peer::new(), Peer::new());
+    upload(&options(&one, &to), vec![full(TASK, [1])]).await;
+    let store = Store::open_existing(dir.path()).unwrap();
+    let id = current(dir.path()).id;
+    assert!(store.is_tracked(id));
+    // Another key's dump of the same name builds on nothing, and is lost.
+    let options_of_another = options(&another, &to);
+    let lost = upload_as(options_of_another, vec![full(TASK, [2])], false).await;
+    lost.1.expect_err("CRIU died");
+    to.settled().await;
+    assert_eq!(current(dir.path()).id, id);
+    assert!(!store.is_tracked(id));
+    to.stop().await;
+}
