@@ -302,12 +302,17 @@ impl PageSink for PagesUpload {
     }
 
     fn elsewhere(&mut self, space: PagemapName, run: PageRun) -> Result<(), SinkError> {
-        if run.flags != PageFlags::PARENT {
-            return Err("CRIU kept pages back (--lazy-pages?)".into());
-        }
-        if !self.held.contains(&space) {
-            let why = "CRIU left pages out without being told that they are held";
-            return Err(format!("{space}: {why}").into());
+        let why = if run.flags != PageFlags::PARENT {
+            Some("CRIU kept pages back (--lazy-pages?)")
+        } else if !self.held.contains(&space) {
+            Some("CRIU left pages out without being told that they are held")
+        } else {
+            None
+        };
+        if let Some(why) = why {
+            // For `finish`, which knows no more of it.
+            self.failed = Some(local(format!("{space}: {why}")));
+            return Err(why.into());
         }
         self.pages += run.pages;
         self.pass_on(Piece::InParent(space, run))

@@ -450,7 +450,8 @@ async fn pages_that_are_left_out_unasked_are_refused() {
     let left = vec![(TASK, vec![None, Some(2)])];
     let (heard, stored) = upload_as(options.clone(), left, true).await;
     assert_eq!((heard.has_parent, heard.status), (vec![false], None));
-    stored.expect_err("refused");
+    let error = stored.expect_err("refused").to_string();
+    assert!(error.contains("left pages out"), "{error}");
     assert_eq!(current(dir.path()).generation, 1);
     to.stop().await;
 }
