@@ -560,6 +560,26 @@ async fn a_generation_that_is_not_built_on_is_not_tracked_either() {
     assert!(store.is_tracked(id));
     // Another key's dump of the same name builds on nothing, and is lost.
     let options_of_another = options(&another, &to);
+    let open = connected(&options_of_another).await;
+    assert!(!store.is_tracked(id));
+    drop(open);
+    to.settled().await;
+    // It has withdrawn.
+    assert!(store.is_tracked(id));
+    // Another key's dump of the same name builds on nothing, and is lost.
+    let options_of_another = options(&another, &to);
+    let open = connected(&options_of_another).await;
+    assert!(!store.is_tracked(id));
+    drop(open);
+    to.settled().await;
+    // It has withdrawn: the mark comes back, a moment after its stage has gone.
+    for _ in 0..100 {
+        if store.is_tracked(id) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(store.is_tracked(id));
     let lost = upload_as(options_of_another, vec![full(TASK, [2])], false).await;
     lost.1.expect_err("CRIU died");
     to.settled().await;

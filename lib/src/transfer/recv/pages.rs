@@ -321,7 +321,6 @@ impl<'a> Driver<'a> {
             if let Some(receiving) = receiving {
                 receiving.end();
             }
-            drop(place);
             // After what is just being published.
             let order = shared.offers.lock();
             if let Some(id) = untracked.filter(|_| order.is_last(which.name(), which.number)) {
@@ -336,6 +335,8 @@ impl<'a> Driver<'a> {
                 tracing::warn!("{error}; the next dump may leave out too much, take a whole one");
             }
             order.remove(which.name(), which.number);
+            drop(order);
+            drop(place);
         });
         let _ = ending.await;
     }
