@@ -231,9 +231,10 @@ impl From<&DumpError> for Exit {
             DumpError::Serve(ServeError::Sink(_)) | DumpError::Refused(_) => Self::Destination,
             DumpError::Serve(ServeError::Stream(_) | ServeError::Io { .. })
             | DumpError::Silent(_)
+            | DumpError::NoMemory
             | DumpError::Behind => Self::Criu,
             DumpError::Slow(_) | DumpError::NoTurn(_) => Self::FreezeLimit,
-            DumpError::TooMany => Self::Connection,
+            DumpError::TooMany | DumpError::Quiet(_) => Self::Connection,
             DumpError::Stopped => Self::Stopped,
             DumpError::Panicked => Self::Fault,
         }

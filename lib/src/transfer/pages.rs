@@ -188,9 +188,8 @@ impl PagesUpload {
             None => Err(self.why_not()),
         };
         let (code, reason) = match &result {
-            Err(_) if !self.begun => (CloseCode::Done, String::new()),
-            Ok(_) => (CloseCode::Done, String::new()),
-            Err(error) => (error.close_code(), error.to_string()),
+            Err(error) if self.begun => (error.close_code(), error.to_string()),
+            _ => (CloseCode::Done, String::new()),
         };
         let connection = &self.connection.0;
         self.runtime
@@ -215,8 +214,17 @@ impl PagesUpload {
         }
     }
 
-    fn pass_on(&mut self, piece: Piece) -> Result<(), SinkError> {
+    // Fails where the connection has ended: what waits in the queue would hide that for a while.
+    fn begin(&mut self) -> Result<(), SinkError> {
         self.begun = true;
+        match self.connection.0.close_reason() {
+            Some(error) => Err(TransferError::from(error).into()),
+            None => Ok(()),
+        }
+    }
+
+    fn pass_on(&mut self, piece: Piece) -> Result<(), SinkError> {
+        self.begin()?;
         let pieces = self.pieces.as_ref().ok_or("it has ended")?;
         let sent = pieces.send(piece);
         // What is wrong, `finish` says.
@@ -282,6 +290,9 @@ impl PageSink for PagesUpload {
     }
 
     fn has_parent(&mut self, space: PagemapName) -> Result<bool, SinkError> {
+        // Only pre-dumps ask, all of them first: they have the kernel forget what had changed, and
+        // open afterwards.
+        self.begin()?;
         Ok(self.held.contains(&space))
     }
 
@@ -291,8 +302,17 @@ impl PageSink for PagesUpload {
     }
 
     fn elsewhere(&mut self, space: PagemapName, run: PageRun) -> Result<(), SinkError> {
-        if run.flags != PageFlags::PARENT {
-            return Err("CRIU kept pages back (--lazy-pages?)".into());
+        let why = if run.flags != PageFlags::PARENT {
+            Some("CRIU kept pages back (--lazy-pages?)")
+        } else if !self.held.contains(&space) {
+            Some("CRIU left pages out without being told that they are held")
+        } else {
+            None
+        };
+        if let Some(why) = why {
+            // For `finish`, which knows no more of it.
+            self.failed = Some(local(format!("{space}: {why}")));
+            return Err(why.into());
         }
         self.pages += run.pages;
         self.pass_on(Piece::InParent(space, run))

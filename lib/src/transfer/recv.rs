@@ -4,6 +4,7 @@ mod incoming;
 mod meeting;
 mod memories;
 mod migration;
+mod offers;
 pub(super) mod orphans;
 mod pages;
 mod record;
@@ -27,6 +28,7 @@ use tokio::task::spawn_blocking;
 use self::meeting::Meetings;
 use self::memories::{Guarding, Memories};
 pub(super) use self::migration::check_images;
+use self::offers::Offers;
 use self::serve::serve;
 use super::TransferError;
 use super::event::{Event, Events};
@@ -112,6 +114,7 @@ struct Shared {
     state: PathBuf,
     meetings: Meetings,
     memories: Memories,
+    offers: Offers,
     secret: Option<Secret>,
     pinned: bool,
     events: Events,
@@ -184,6 +187,7 @@ impl Receiver {
             state,
             meetings: Meetings::default(),
             memories,
+            offers: Offers::default(),
             secret,
             pinned,
             events: options.events,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crxfer::criu::page_client::{PageSink as _, serve, socket_pair};
 use crxfer::delta::SetName;
-use crxfer::image::{Chain, Completeness};
+use crxfer::image::{Chain, Completeness, PagemapName};
 use crxfer::page::PageSize;
 use crxfer::store::{Record, Store};
 use crxfer::transfer::pages::{PagesMemory, PagesOptions, PagesUpload};
@@ -395,5 +395,195 @@ async fn a_damaged_generation_is_not_built_on() {
     let (parents, stored) = upload(&options, vec![full(TASK, 1..=20)]).await;
     assert_eq!((parents, stored.fresh_pages), (vec![false], 20));
     assert!(is_sound(dir.path()));
+    to.stop().await;
+}
+
+/// Dumps of which only the questions arrive have reset what the kernel tracks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_pre_dump_that_only_asked_makes_the_next_one_whole() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = options(&Peer::new(), &to);
+    for ends in [Some("close"), Some("end"), None] {
+        // Twice: the first may be the whole one that follows.
+        upload(&options, vec![full(TASK, 1..=3)]).await;
+        let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
+        assert_eq!(parents, [true]);
+        let (again, handle) = (options.clone(), Handle::current());
+        let asks = move || {
+            let mut upload = PagesUpload::connect(again, handle).unwrap();
+            let Some(end) = ends else {
+                assert!(upload.has_parent(PagemapName::Task(4)).unwrap());
+                return drop(upload);
+            };
+            let (mut ours, theirs) = socket_pair().unwrap();
+            let mut criu = UnixStream::from(theirs);
+            criu.write_all(&header(5, 0, 0, TASK)).unwrap();
+            if end == "close" {
+                criu.write_all(&header(0x1024, 0, 0, 0)).unwrap();
+            }
+            criu.shutdown(std::net::Shutdown::Write).unwrap();
+            let page_size = PageSize::new(PAGE as u64).unwrap();
+            let _ = serve(&mut ours, page_size, &mut upload);
+            let mut answer = [0; 4];
+            criu.read_exact(&mut answer).unwrap();
+            assert_eq!(i32::from_ne_bytes(answer), 1, "it is held");
+            upload.finish().expect_err("nothing came");
+        };
+        tokio::task::spawn_blocking(asks).await.unwrap();
+        to.settled().await;
+        let (parents, _) = upload(&options, vec![full(TASK, 1..=3)]).await;
+        assert_eq!(parents, [false], "{ends:?}");
+    }
+    to.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_that_are_left_out_unasked_are_refused() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = PagesOptions {
+        leaves_out: false,
+        ..options(&Peer::new(), &to)
+    };
+    upload(&options, vec![full(TASK, 1..=3)]).await;
+    let left = vec![(TASK, vec![None, Some(2)])];
+    let (heard, stored) = upload_as(options.clone(), left, true).await;
+    assert_eq!((heard.has_parent, heard.status), (vec![false], None));
+    let error = stored.expect_err("refused").to_string();
+    assert!(error.contains("left pages out"), "{error}");
+    assert_eq!(current(dir.path()).generation, 1);
+    to.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_whose_connection_has_ended_fails_at_its_first_call() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let (options, handle) = (options(&Peer::new(), &to), Handle::current());
+    let given_up = tokio::task::spawn_blocking(move || {
+        for opens in [true, false] {
+            let mut upload = PagesUpload::connect(options.clone(), handle.clone()).unwrap();
+            upload.canceller().cancel();
+            let space = PagemapName::Task(4);
+            let said = if opens {
+                upload.open(space)
+            } else {
+                upload.has_parent(space)
+            };
+            said.expect_err("it has ended");
+        }
+    });
+    given_up.await.unwrap();
+    to.stop().await;
+}
+
+async fn connected(options: &PagesOptions) -> PagesUpload {
+    let (options, handle) = (options.clone(), Handle::current());
+    let connects = tokio::task::spawn_blocking(move || PagesUpload::connect(options, handle));
+    connects.await.unwrap().expect("the destination answers")
+}
+
+/// One page of one task, as the first dump has it.
+async fn dump_into(mut upload: PagesUpload, number: u64) -> Uploaded {
+    let dumps = move || {
+        let (mut ours, theirs) = socket_pair().unwrap();
+        let spaces = [full(TASK, [number])];
+        let criu = std::thread::spawn(move || dump(theirs.into(), &spaces, true));
+        let page_size = PageSize::new(PAGE as u64).unwrap();
+        let _ = serve(&mut ours, page_size, &mut upload);
+        drop(ours);
+        (criu.join().expect("no panic"), upload.finish())
+    };
+    tokio::task::spawn_blocking(dumps).await.unwrap()
+}
+
+/// What the second one's dump takes from the kernel's tracking, the first one's CRIU would leave out.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_sources_of_one_name_the_earlier_one_does_not_continue() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = options(&Peer::new(), &to);
+    upload(&options, vec![full(TASK, [1])]).await;
+    for dumps in [false, true] {
+        upload(&options, vec![full(TASK, [1])]).await;
+        let early = connected(&options_anew(&options)).await;
+        let late = connected(&options_anew(&options)).await;
+        let late = if dumps {
+            let (heard, stored) = dump_into(late, 2).await;
+            assert_eq!(heard.has_parent, [false], "the early one may have begun");
+            stored.expect("the last one that was offered");
+            None
+        } else {
+            Some(late)
+        };
+        let before = current(dir.path()).generation;
+        let (heard, stored) = dump_into(early, 3).await;
+        assert_ne!(heard.status, Some(0));
+        let error = stored.expect_err("overtaken").to_string();
+        assert!(error.contains("another transfer"), "{error}");
+        drop(late);
+        to.settled().await;
+        assert_eq!(current(dir.path()).generation, before);
+        // And it has reset what the kernel tracks.
+        let (parents, _) = upload(&options, vec![full(TASK, [1])]).await;
+        assert_eq!(parents, [false], "the late one dumps: {dumps}");
+    }
+    to.stop().await;
+}
+
+/// Not tracked is also what a session that was offered meanwhile must not be told of.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dump_that_ends_after_another_was_offered_is_not_continued() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let options = options(&Peer::new(), &to);
+    let early = connected(&options).await;
+    let late = connected(&options_anew(&options)).await;
+    let (_, stored) = dump_into(early, 1).await;
+    stored.expect("the first of its name");
+    drop(late);
+    to.settled().await;
+    let (parents, _) = upload(&options, vec![full(TASK, [1])]).await;
+    assert_eq!(parents, [false]);
+    to.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_generation_that_is_not_built_on_is_not_tracked_either() {
+    let dir = tempdir();
+    let to = Destination::at(dir.path(), Layout::Faithful).await;
+    let (one, another) = (Peer::new(), Peer::new());
+    upload(&options(&one, &to), vec![full(TASK, [1])]).await;
+    let store = Store::open_existing(dir.path()).unwrap();
+    let id = current(dir.path()).id;
+    assert!(store.is_tracked(id));
+    // Another key's dump of the same name builds on nothing, and is lost.
+    let options_of_another = options(&another, &to);
+    let open = connected(&options_of_another).await;
+    assert!(!store.is_tracked(id));
+    drop(open);
+    to.settled().await;
+    // It has withdrawn.
+    assert!(store.is_tracked(id));
+    // Another key's dump of the same name builds on nothing, and is lost.
+    let options_of_another = options(&another, &to);
+    let open = connected(&options_of_another).await;
+    assert!(!store.is_tracked(id));
+    drop(open);
+    to.settled().await;
+    // It has withdrawn: the mark comes back, a moment after its stage has gone.
+    for _ in 0..100 {
+        if store.is_tracked(id) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(store.is_tracked(id));
+    let lost = upload_as(options_of_another, vec![full(TASK, [2])], false).await;
+    lost.1.expect_err("CRIU died");
+    to.settled().await;
+    assert_eq!(current(dir.path()).id, id);
+    assert!(!store.is_tracked(id));
     to.stop().await;
 }

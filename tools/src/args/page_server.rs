@@ -39,7 +39,8 @@ Examples:
 /// this network namespace) that is undone, which needs the right to trace it; --fd with a UNIX socket has
 /// no cork.
 ///
-/// Ctrl-C or SIGTERM end it; a dump under way is refused.
+/// Ctrl-C or SIGTERM end it; a dump under way is refused. With --once the exit code is then 130, and 13
+/// where CRIU ended without sending memory.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, after_long_help = exit::help(EXAMPLES))]
 pub(crate) struct PageServerArgs {

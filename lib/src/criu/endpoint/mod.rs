@@ -25,6 +25,8 @@ pub(crate) mod local;
 mod maker;
 mod patient;
 mod session;
+#[cfg(feature = "net")]
+pub(crate) use self::session::reset;
 mod supervisor;
 mod uncork;
 
@@ -162,6 +164,12 @@ pub enum SessionError {
         .0.as_secs_f32()
     )]
     NoTurn(Duration),
+    /// No dump, and no end either.
+    #[error("it said nothing for {} s: its connection was closed", .0.as_secs_f32())]
+    Quiet(Duration),
+    /// The one dump of [`Options::once`] brought nothing.
+    #[error("CRIU ended without sending memory; its log says why")]
+    NoMemory,
     /// More connections than are kept.
     #[error("more than {MOST_WAITING} connections wait: this one was closed")]
     TooMany,
@@ -253,7 +261,7 @@ pub fn inherited(number: i32) -> io::Result<OwnedFd> {
 }
 
 /// Serves CRIU after CRIU until `stopper` says stop, the inherited socket ends, or after one dump if that
-/// is [all](Options::once).
+/// is [all](Options::once). That it was stopped is an error only if that one dump was not taken.
 ///
 /// `make` makes the sink of one dump. It is called when CRIU connects, before anything is frozen, from a
 /// thread of its own (on a socket that serves many dumps: for the first at once, for others when they

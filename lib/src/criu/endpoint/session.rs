@@ -1,6 +1,6 @@
 //! One connection, and one dump on it.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,8 +55,8 @@ impl Connection {
 ///
 /// Shutting down is not enough for TCP: what arrives is still acknowledged until the buffers are full, and
 /// then CRIU would wait with the application frozen. Other sockets refuse to be disconnected like that.
-pub(super) fn reset(socket: &OwnedFd) {
-    let _ = shutdown(socket, Shutdown::Both);
+pub(crate) fn reset(socket: impl AsFd) {
+    let _ = shutdown(&socket, Shutdown::Both);
     let _ = connect_unspec(socket);
 }
 

@@ -1,5 +1,6 @@
 //! Who is served, who waits, and when a connection is cut.
 
+use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -22,6 +23,13 @@ use super::{
 
 /// How often limits are looked at while there is anything to look at.
 const TICK: Duration = Duration::from_millis(50);
+
+/// Failures of `accept` after which nobody is there any more.
+const PASSING: [ErrorKind; 3] = [
+    ErrorKind::WouldBlock,
+    ErrorKind::Interrupted,
+    ErrorKind::ConnectionAborted,
+];
 
 /// How long a stop waits for the sink to notice.
 const LAST_WORK: Duration = Duration::from_secs(2);
@@ -74,6 +82,8 @@ struct Active {
 struct Ended {
     number: u64,
     client: Client,
+    /// Memory came, and was taken.
+    took: bool,
     error: Option<SessionError>,
     connection: Option<Connection>,
 }
@@ -89,7 +99,10 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
         let mut supervisor = Self {
             listener: None,
             options: *options,
-            maker: Maker::new(make),
+            maker: Maker::new(make, {
+                let stopper = stopper.clone();
+                move || stopper.wake()
+            }),
             events,
             stopper: stopper.clone(),
             waiting: Vec::new(),
@@ -134,14 +147,19 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
     fn serve(&mut self) -> Result<(), EndpointError> {
         loop {
             self.look()?;
-            if self.stopper.is_stopped() {
-                return Ok(());
-            }
             let over = self.enforce().or_else(|| self.collect());
             if let Some(ended) = over
                 && self.settle(ended)?
             {
                 return Ok(());
+            }
+            if self.stopper.is_stopped() {
+                let stopped = EndpointError::Session(SessionError::Stopped);
+                return if self.options.once {
+                    Err(stopped)
+                } else {
+                    Ok(())
+                };
             }
             if self.stuck.len() > MOST_STUCK {
                 return Err(EndpointError::Stuck(self.stuck.len()));
@@ -207,9 +225,13 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
     }
 
     fn accept(&mut self) {
-        // Failures pass: the peer has left again, or descriptors are short, and the next round tries again.
-        let Some(Ok((socket, address))) = self.listener.as_ref().map(TcpListener::accept) else {
-            return;
+        let (socket, address) = match self.listener.as_ref().map(TcpListener::accept) {
+            Some(Ok(accepted)) => accepted,
+            // The peer has left again.
+            Some(Err(error)) if PASSING.contains(&error.kind()) => return,
+            // Descriptors are short: who comes is still there in the next round, which must not be at once.
+            Some(Err(_)) => return std::thread::sleep(TICK),
+            None => return,
         };
         let client = Client {
             address: Some(address),
@@ -244,6 +266,7 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
             finished.then_some(Ended {
                 number,
                 client: active.client,
+                took: false,
                 error: Some(SessionError::Panicked),
                 connection: None,
             })
@@ -253,7 +276,7 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
             None | Some(SessionError::Refused(_) | SessionError::Behind)
         );
         if !answered {
-            reset(&active.socket);
+            reset(&*active.socket);
         }
         self.active = None;
         Some(ended)
@@ -273,7 +296,10 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
             (self.events)(Event::Failed { client, error });
             return Ok(false);
         }
-        self.took = true;
+        self.took |= ended.took;
+        if self.options.once && !ended.took {
+            return Err(EndpointError::Session(SessionError::NoMemory));
+        }
         self.prepare();
         Ok(self.options.once)
     }
@@ -285,25 +311,27 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
         let late = |since: Instant, limit| since.elapsed() >= limit;
         let events = self.events.clone();
         self.waiting.retain(|one| {
-            if one.spoke.is_some_and(|since| late(since, limits.freeze)) {
-                reset(&one.connection.socket);
-                let client = one.connection.client;
-                let error = SessionError::NoTurn(limits.freeze);
-                events(Event::Failed { client, error });
-                return false;
-            }
-            one.trusted || one.spoke.is_some() || !late(one.since, QUIET)
+            let error = match one.spoke {
+                Some(since) if late(since, limits.freeze) => SessionError::NoTurn(limits.freeze),
+                None if !one.trusted && late(one.since, QUIET) => SessionError::Quiet(QUIET),
+                _ => return true,
+            };
+            reset(&*one.connection.socket);
+            let client = one.connection.client;
+            events(Event::Failed { client, error });
+            false
         });
         let active = self.active.take_if(|active| {
             let busy = active.shared.busy_since();
             busy.is_some_and(|since| late(since, limits.freeze))
         })?;
         active.shared.cut(Cut::Slow);
-        reset(&active.socket);
+        reset(&*active.socket);
         self.stuck.push(active.thread);
         Some(Ended {
             number: active.number,
             client: active.client,
+            took: false,
             error: Some(SessionError::Slow(limits.freeze)),
             connection: None,
         })
@@ -353,19 +381,20 @@ impl<S: PageSink + Send + 'static> Supervisor<S> {
     /// Closes everything; a dump under way is refused.
     fn end(&mut self) {
         for one in self.waiting.drain(..) {
-            reset(&one.connection.socket);
+            reset(&*one.connection.socket);
         }
         let Some(active) = self.active.take() else {
             return;
         };
         active.shared.cut(Cut::Stopped);
-        reset(&active.socket);
+        reset(&*active.socket);
+        // Now: what the sink waits for ends by that.
+        let (client, error) = (active.client, SessionError::Stopped);
+        (self.events)(Event::Failed { client, error });
         let begun = now();
         while !active.thread.is_finished() && begun.elapsed() < LAST_WORK {
             std::thread::sleep(Duration::from_millis(5));
         }
-        let (client, error) = (active.client, SessionError::Stopped);
-        (self.events)(Event::Failed { client, error });
     }
 }
 
@@ -400,6 +429,7 @@ impl<S: PageSink + Send + 'static> Session<S> {
             &self.shared,
             self.continues,
         );
+        let took = sink.is_some();
         let error = match result {
             Ok(served) => {
                 (self.events)(Event::Taken {
@@ -414,6 +444,7 @@ impl<S: PageSink + Send + 'static> Session<S> {
         let _ = self.ended.send(Ended {
             number: self.number,
             client,
+            took,
             error,
             connection,
         });

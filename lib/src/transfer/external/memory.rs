@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::net::Shutdown;
 
 use crate::criu::endpoint::local::serve_here;
+use crate::criu::endpoint::reset;
 use crate::criu::page_client::{self, PageSink, SinkError};
 use crate::criu::page_server::Batch;
 use crate::image::{ImageDir, Pagemap, PagemapName};
@@ -77,8 +78,14 @@ impl Memory {
                 let socket = OwnedFd::from(stream);
                 let served = serve_here(&socket, page, sink);
                 // The door has a handle to it, too: CRIU must not wait for a socket that nobody reads.
-                let _ = rustix::net::shutdown(&socket, Shutdown::Both);
-                served?;
+                match served {
+                    // What it was told must reach it.
+                    Ok(_) => drop(rustix::net::shutdown(&socket, Shutdown::Both)),
+                    Err(error) => {
+                        reset(&socket);
+                        return Err(error.into());
+                    }
+                }
             }
             Self::Files(images) => read_files(&images, page, sink)?,
         }
@@ -169,7 +176,8 @@ impl DoorKeeper {
         let mut state = self.0.state();
         state.over = true;
         if let Some(connection) = &state.connection {
-            let _ = rustix::net::shutdown(connection, Shutdown::Both);
+            // It may be in the middle of writing, where a shutdown would leave it.
+            reset(connection);
         }
         drop(state);
         self.wake();
@@ -242,4 +250,94 @@ fn read_files(images: &Path, page: PageSize, sink: &mut dyn PageSink) -> Result<
     }
     sink.close()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::thread::{self, JoinHandle};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::image::PageRun;
+
+    /// A CRIU that writes pages, of which there are more than any buffer takes.
+    fn writes(door: &Door) -> JoinHandle<io::Error> {
+        let mut criu = TcpStream::connect(door.address().unwrap()).unwrap();
+        criu.set_write_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        thread::spawn(move || {
+            let mut header = |command: u32, pages: u64, vaddr: u64| {
+                let mut bytes = command.to_ne_bytes().to_vec();
+                bytes.extend([0; 4]);
+                for field in [pages, vaddr, 4 << 8 | 1] {
+                    bytes.extend(field.to_ne_bytes());
+                }
+                criu.write_all(&bytes).unwrap();
+            };
+            header(4, 0, 0);
+            header(6 | 4 << 16, 1 << 16, 1 << 30);
+            (0..1 << 16)
+                .find_map(|_| criu.write_all(&[1; 4096]).err())
+                .expect("nobody reads 256 MiB")
+        })
+    }
+
+    fn is_freed(criu: JoinHandle<io::Error>) {
+        let error = criu.join().expect("no panic");
+        let kinds = [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe];
+        assert!(kinds.contains(&error.kind()), "{error}");
+    }
+
+    /// Takes no pages.
+    struct Refuses;
+
+    impl PageSink for Refuses {
+        fn open(&mut self, _: PagemapName) -> Result<bool, SinkError> {
+            Ok(false)
+        }
+
+        fn has_parent(&mut self, _: PagemapName) -> Result<bool, SinkError> {
+            Ok(false)
+        }
+
+        fn pages(&mut self, _: &Batch, _: Bytes) -> Result<(), SinkError> {
+            // CRIU has filled the buffers meanwhile.
+            thread::sleep(Duration::from_millis(200));
+            Err("no room".into())
+        }
+
+        fn elsewhere(&mut self, _: PagemapName, _: PageRun) -> Result<(), SinkError> {
+            Ok(())
+        }
+
+        fn close(&mut self) -> Result<i32, SinkError> {
+            Ok(0)
+        }
+    }
+
+    #[test]
+    fn a_criu_in_the_middle_of_a_write_is_freed_when_the_door_closes() {
+        let door = Door::open().unwrap();
+        let (keeper, criu) = (door.keeper(), writes(&door));
+        // Held, and never read.
+        let memory = door.wait().expect("it comes");
+        thread::sleep(Duration::from_millis(200));
+        keeper.close();
+        is_freed(criu);
+        drop(memory);
+    }
+
+    #[test]
+    fn a_criu_in_the_middle_of_a_write_is_freed_when_its_pages_are_refused() {
+        let door = Door::open().unwrap();
+        let (keeper, criu) = (door.keeper(), writes(&door));
+        let memory = door.wait().expect("it comes");
+        let page = PageSize::new(4096).unwrap();
+        let error = memory.serve(page, &mut Refuses).expect_err("refused");
+        assert!(error.to_string().contains("no room"), "{error}");
+        is_freed(criu);
+        // It has the connection still.
+        drop(keeper);
+    }
 }

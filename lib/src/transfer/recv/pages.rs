@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tokio::sync::mpsc;
@@ -13,20 +14,22 @@ use super::incoming::{Arrived, Receiving, receive};
 use super::serve::Input;
 use crate::delta::{BlockRef, FileMeta, FileName};
 use crate::digest::{Digest, hash_blocks};
-use crate::image::{FileKind, ImageError, PagemapName, Source, pages_file_name};
+use crate::image::{FileKind, ImageError, PagemapName, ResolvedRun, Source, pages_file_name};
 use crate::page::PageSize;
 use crate::session::SessionError;
 use crate::session::pages::{PagesDestination, PagesDestinationCommand as Command};
 use crate::standby::{
     DumpedPages, Event as StandbyEvent, HeldMemory, HeldPages, HeldPlaces, Standby, sync_directory,
 };
-use crate::store::{NewSet, PAGES_STATE, Record, Stage, Store, Tried as _};
+use crate::store::{NewSet, PAGES_STATE, Record, Stage, Store, StoreError, Tried as _};
 use crate::transfer::TransferError;
 use crate::transfer::assemble::DEEPEST;
 use crate::transfer::chain::StoredChain;
 use crate::transfer::event::{Event, Received};
 use crate::transport::{CloseCode, Connection, ControlSender, TransportError};
-use crate::wire::{Generation, HeldRun, Layout, PagesHeld, PagesOffer, PagesStored, held_messages};
+use crate::wire::{
+    Generation, HeldRun, Layout, PagesHeld, PagesOffer, PagesStored, held_messages, limits,
+};
 
 /// Takes one dump, or nothing of it.
 pub(super) async fn serve(
@@ -54,6 +57,7 @@ struct Prepared {
     place: Place,
     standby: Standby,
     base: Option<Base>,
+    untracked: Option<u64>,
     listing: Vec<PagesHeld>,
 }
 
@@ -82,14 +86,37 @@ struct Base {
     continues: bool,
 }
 
+/// Who brings a dump, and which one it is.
+#[derive(Clone, Debug)]
+struct Which {
+    peer: [u8; 32],
+    offer: PagesOffer,
+    // Among all sessions of this receiver.
+    number: u64,
+    // The session has ended: what was not published must not be.
+    gone: Arc<AtomicBool>,
+    stored: Arc<AtomicBool>,
+}
+
+impl Which {
+    fn name(&self) -> &str {
+        self.offer.name.as_str()
+    }
+}
+
 struct Driver<'a> {
     connection: &'a Connection,
     shared: Arc<Shared>,
+    which: Which,
     session: PagesDestination,
     tell: mpsc::UnboundedSender<Happening>,
     receiving: Option<Receiving>,
     place: Option<Place>,
     base: Option<Base>,
+    // Its generation was tracked until this session came.
+    untracked: Option<u64>,
+    // The source may have been told that its dump may begin.
+    offered: bool,
     begun: bool,
     // The source has left without a dump: one that has begun is never given up in silence.
     withdrawn: bool,
@@ -104,14 +131,24 @@ impl<'a> Driver<'a> {
         offer: PagesOffer,
         tell: mpsc::UnboundedSender<Happening>,
     ) -> Self {
+        let which = Which {
+            peer: connection.peer().0,
+            offer: offer.clone(),
+            number: shared.offers.number(),
+            gone: Arc::default(),
+            stored: Arc::default(),
+        };
         Self {
             connection,
             shared,
+            which,
             session: PagesDestination::new(offer, Instant::now()),
             tell,
             receiving: None,
             place: None,
             base: None,
+            untracked: None,
+            offered: false,
             begun: false,
             withdrawn: false,
             dumped: None,
@@ -197,14 +234,9 @@ impl<'a> Driver<'a> {
     }
 
     fn prepare(&self) {
-        let (shared, offer, peer) = (
-            self.shared.clone(),
-            self.session.offer().clone(),
-            self.connection.peer().0,
-        );
-        let tell = self.tell.clone();
+        let (shared, which, tell) = (self.shared.clone(), self.which.clone(), self.tell.clone());
         spawn_blocking(move || {
-            let prepared = prepare(&shared, peer, &offer).map(Box::new);
+            let prepared = prepare(&shared, &which).map(Box::new);
             let _ = tell.send(Happening::Prepared(prepared));
         });
     }
@@ -214,8 +246,10 @@ impl<'a> Driver<'a> {
             place,
             standby,
             base,
+            untracked,
             listing,
         } = prepared;
+        (self.untracked, self.offered) = (untracked, true);
         let tell = self.tell.clone();
         let told = move |arrived| drop(tell.send(Happening::Arrived(arrived)));
         let receiving = receive(self.connection.clone(), standby, told);
@@ -237,9 +271,12 @@ impl<'a> Driver<'a> {
                 self.session.dump_begun()?;
                 self.begun = true;
                 let offer = self.session.offer();
-                if let Some(base) = &self.base {
-                    // Another connection may have withdrawn its own meanwhile.
-                    self.shared.store.untrack(base.record.id)?;
+                let continues = self.base.as_ref().is_some_and(|base| base.continues);
+                let (number, name) = (self.which.number, self.which.name());
+                // Another connection may have withdrawn its own meanwhile, or stored one.
+                untrack_current(&self.shared.store, name)?;
+                if !self.shared.offers.begin(name, number, continues) {
+                    return Err(StoreError::Overtaken(name.to_owned()).into());
                 }
                 self.shared.events.emit(Event::SetBegun {
                     name: offer.name.to_string(),
@@ -263,14 +300,10 @@ impl<'a> Driver<'a> {
             return Err(SessionError::Protocol("a dump out of order").into());
         };
         self.shared.events.emit(Event::Storing);
-        let (shared, offer, peer) = (
-            self.shared.clone(),
-            self.session.offer().clone(),
-            self.connection.peer().0,
-        );
+        let (shared, which) = (self.shared.clone(), self.which.clone());
         let (base, tell) = (self.base.clone(), self.tell.clone());
         spawn_blocking(move || {
-            let stored = publish(&shared, peer, &offer, &mut place, base.as_ref(), dumped);
+            let stored = publish(&shared, &which, &mut place, base.as_ref(), dumped);
             let _ = tell.send(Happening::Stored(stored.map(Box::new)));
         });
         Ok(())
@@ -278,29 +311,51 @@ impl<'a> Driver<'a> {
 
     // Nothing is written any more, and nothing half stored is left, when this returns.
     async fn end(&mut self) {
+        self.which.gone.store(true, Ordering::SeqCst);
         let (receiving, place) = (self.receiving.take(), self.place.take());
         let is_unbegun = self.withdrawn && !self.begun;
-        let unbegun = self.base.take().filter(|base| base.continues && is_unbegun);
-        let store = self.shared.store.clone();
+        let untracked = self.untracked.take().filter(|_| is_unbegun);
+        let may_be_lost = self.offered && !is_unbegun;
+        let (shared, which) = (self.shared.clone(), self.which.clone());
         let ending = spawn_blocking(move || {
             if let Some(receiving) = receiving {
                 receiving.end();
             }
-            drop(place);
-            if let Some(base) = unbegun {
+            // After what is just being published.
+            let order = shared.offers.lock();
+            if let Some(id) = untracked.filter(|_| order.is_last(which.name(), which.number)) {
                 // Where that fails, the next dump is whole.
-                let _ = store.track(base.record.id);
+                let _ = shared.store.track(id);
             }
+            // A dump that was lost before it arrived has still reset what the kernel tracks.
+            if may_be_lost
+                && !which.stored.load(Ordering::SeqCst)
+                && let Err(error) = untrack_current(&shared.store, which.name())
+            {
+                tracing::warn!("{error}; the next dump may leave out too much, take a whole one");
+            }
+            order.remove(which.name(), which.number);
+            drop(order);
+            drop(place);
         });
         let _ = ending.await;
     }
 }
 
 // Makes room, and finds what the name has.
-fn prepare(shared: &Shared, peer: [u8; 32], offer: &PagesOffer) -> Result<Prepared, TransferError> {
-    let (store, page) = (&shared.store, offer.page_size);
-    store.check_may_publish(offer.name.as_str(), &peer, shared.pinned)?;
-    let found = find_base(store, peer, offer)?;
+fn prepare(shared: &Shared, which: &Which) -> Result<Prepared, TransferError> {
+    let (store, offer) = (&shared.store, &which.offer);
+    let page = offer.page_size;
+    store.check_may_publish(which.name(), &which.peer, shared.pinned)?;
+    let order = shared.offers.lock();
+    if which.gone.load(Ordering::SeqCst) {
+        return Err(TransferError::Cancelled);
+    }
+    order.offer(which.name(), which.number);
+    drop(order);
+    // From here on nobody else makes a generation of this name a tracked one.
+    let untracked = untrack_current(store, which.name())?;
+    let found = find_base(store, which.peer, offer)?;
     let stage = store.stage_unkept()?;
     let directory = stage.files();
     let place = Place {
@@ -309,7 +364,7 @@ fn prepare(shared: &Shared, peer: [u8; 32], offer: &PagesOffer) -> Result<Prepar
     };
     let (base, held) = match found {
         Some((record, held)) => {
-            let continues = store.untrack(record.id)?;
+            let continues = untracked == Some(record.id);
             (Some(Base { record, continues }), held)
         }
         None => (None, HeldPages::default()),
@@ -325,8 +380,17 @@ fn prepare(shared: &Shared, peer: [u8; 32], offer: &PagesOffer) -> Result<Prepar
         place,
         standby,
         base,
+        untracked,
         listing,
     })
+}
+
+// Whatever the dump builds on: it will be the one that changes are tracked from. The generation that was.
+fn untrack_current(store: &Store, name: &str) -> Result<Option<u64>, StoreError> {
+    let Some(current) = store.current(name)? else {
+        return Ok(None);
+    };
+    Ok(store.untrack(current.id)?.then_some(current.id))
 }
 
 // The current generation of the name, where it can be built on, and its pages.
@@ -347,7 +411,8 @@ fn find_base(
     };
     match StoredChain::open(store, record.id).and_then(|chain| {
         let is_deep = chain.levels.len() >= DEEPEST;
-        held_of(&chain, offer.page_size).map(|held| (held, is_deep))
+        let held = held_of(&chain, offer.page_size, limits::HELD_PAGES)?;
+        Ok((held.unwrap_or_default(), is_deep))
     }) {
         Ok((held, false)) if !held.memories.is_empty() => Ok(Some((record, held))),
         Ok(_) => Ok(None),
@@ -358,24 +423,38 @@ fn find_base(
     }
 }
 
-fn held_of(chain: &StoredChain, page: PageSize) -> Result<HeldPages, TransferError> {
-    let mut memories = Vec::new();
+// `None`: more than `most` pages, which a source does not let itself be told of.
+fn held_of(
+    chain: &StoredChain,
+    page: PageSize,
+    most: u64,
+) -> Result<Option<HeldPages>, TransferError> {
+    let (mut memories, mut left) = (Vec::new(), most);
     for &name in chain.levels[0].pagemaps.keys() {
-        memories.push(held_memory(chain, name, page)?);
+        let resolved = chain.resolve(name)?;
+        let at = |source: &Source| matches!(source, Source::At { .. });
+        let held = resolved.iter().filter(|run| at(&run.source));
+        let pages = held.fold(0, |sum: u64, run| sum.saturating_add(run.pages));
+        let Some(rest) = left.checked_sub(pages) else {
+            return Ok(None);
+        };
+        left = rest;
+        memories.push(held_memory(chain, name, &resolved, page)?);
     }
-    Ok(HeldPages {
+    Ok(Some(HeldPages {
         directories: chain
             .levels
             .iter()
             .map(|level| level.directory.clone())
             .collect(),
         memories,
-    })
+    }))
 }
 
 fn held_memory(
     chain: &StoredChain,
     name: PagemapName,
+    resolved: &[ResolvedRun],
     page: PageSize,
 ) -> Result<HeldMemory, TransferError> {
     let pages_ids: Vec<_> = chain
@@ -383,7 +462,7 @@ fn held_memory(
         .map(|pagemap| pagemap.pages_id())
         .collect();
     let mut runs = Vec::new();
-    for run in chain.resolve(name)? {
+    for run in resolved {
         let Source::At { level, page: index } = run.source else {
             continue;
         };
@@ -432,13 +511,13 @@ fn list(held: &HeldPages) -> Vec<PagesHeld> {
 // The dump becomes the next generation of its name.
 fn publish(
     shared: &Shared,
-    peer: [u8; 32],
-    offer: &PagesOffer,
+    which: &Which,
     place: &mut Place,
     base: Option<&Base>,
     dumped: DumpedPages,
 ) -> Result<(PagesStored, Received), TransferError> {
-    let (store, page) = (&shared.store, offer.page_size);
+    let (store, offer) = (&shared.store, &which.offer);
+    let page = offer.page_size;
     let image_bytes = dumped.pages.saturating_mul(page.bytes());
     if let Some(limit) = shared.max_set_bytes.filter(|&limit| image_bytes > limit) {
         let size = image_bytes;
@@ -458,9 +537,14 @@ fn publish(
             return Err(error);
         }
     };
+    let order = shared.offers.lock();
+    if which.gone.load(Ordering::SeqCst) {
+        place.stage = Some(stage);
+        return Err(TransferError::Cancelled);
+    }
     let new = NewSet {
         name: Some(offer.name.to_string()),
-        peer,
+        peer: which.peer,
         names_are_owned: shared.pinned,
         root: dumped.root,
         layout: Layout::Incremental,
@@ -472,9 +556,12 @@ fn publish(
         keep_link: None,
         image_bytes,
         succeeds: base.map(|base| base.record.id),
-        tracked: true,
+        tracked: order.is_last(which.name(), which.number),
     };
     let published = store.publish(stage, new, &files, digests.into_iter())?;
+    which.stored.store(true, Ordering::SeqCst);
+    order.remove(which.name(), which.number);
+    drop(order);
     if let Err(error) = store.tidy(Some(offer.name.as_str()), shared.keep) {
         tracing::warn!("{error}; old generations stay");
     }

@@ -85,6 +85,9 @@ pub(super) fn store_set(
     })?;
     let completeness = assembled.completeness.word();
     let stage = staged.take_stage().ok_or(TransferError::Cancelled)?;
+    // A page session that is open builds on what is there now, or has lost it.
+    let order = shared.offers.lock();
+    let is_tracked = |id| !order.has_any(begin.name.as_str()) && shared.store.is_tracked(id);
     let keep_link = job
         .manifest
         .parent
@@ -103,14 +106,13 @@ pub(super) fn store_set(
             .filter(|_| layout == Layout::Faithful && assembled.completes.is_none()),
         image_bytes: begin.total_bytes,
         succeeds: assembled.completes,
-        tracked: assembled
-            .completes
-            .is_some_and(|id| shared.store.is_tracked(id)),
+        tracked: assembled.completes.is_some_and(is_tracked),
     };
     let digests = assembled.all_digests(&job.recipe);
     let published = shared
         .store
         .publish(stage, new, &assembled.files, digests)?;
+    drop(order);
     drop(held);
     tidy(shared, peer, begin);
     let path = shared

@@ -175,3 +175,17 @@ fn told_to_stop_it_refuses_what_is_under_way() {
         .expect("what came is dropped");
     running.stop();
 }
+
+/// The event is what ends the sink's wait.
+#[test]
+fn told_to_stop_it_says_so_before_it_waits_for_the_sink() {
+    let running = Running::listen(options(false), behaving(Behave::HangsInClose));
+    let mut criu = running.connect();
+    criu.write_all(&one_page(HeaderLayout::New, CLOSE)).unwrap();
+    criu.read_exact(&mut [0]).expect("the answer to OPEN2");
+    let begun = now();
+    running.stopper.stop();
+    assert!(matches!(running.failed(), SessionError::Stopped));
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    running.stop();
+}

@@ -372,6 +372,82 @@ fn a_dump_that_fails_ends_it_with_the_reason_if_that_was_all() {
 }
 
 #[test]
+fn a_criu_that_brings_nothing_is_an_error_if_that_was_all() {
+    for stream in [vec![], header(HeaderLayout::New, PARENT, 0, 0, TASK)] {
+        let mut running = Running::listen(options(true), good);
+        let mut criu = running.connect();
+        criu.write_all(&stream).unwrap();
+        criu.write_all(&header(HeaderLayout::New, CLOSE, 0, 0, 0))
+            .unwrap();
+        let error = running.join().expect_err("nothing came");
+        assert!(matches!(
+            error,
+            EndpointError::Session(SessionError::NoMemory)
+        ));
+        assert!(running.taken().is_none());
+    }
+}
+
+#[test]
+fn a_criu_that_brings_nothing_has_no_parent_for_the_next() {
+    let running = Running::listen(options(false), good);
+    let layout = HeaderLayout::New;
+    for _ in 0..2 {
+        let mut criu = running.connect();
+        criu.write_all(&header(layout, PARENT, 0, 0, TASK)).unwrap();
+        let mut answer = [9; 4];
+        criu.read_exact(&mut answer).unwrap();
+        assert_eq!(answer, [0; 4]);
+        criu.write_all(&header(layout, CLOSE, 0, 0, 0)).unwrap();
+        criu.read_exact(&mut answer).unwrap();
+        drop(criu);
+        assert!(running.taken().is_none());
+    }
+    running.stop();
+}
+
+#[test]
+fn being_stopped_before_the_one_dump_was_taken_is_an_error() {
+    for begins in [false, true] {
+        let mut running = Running::listen(options(true), good);
+        let mut criu = running.connect();
+        if begins {
+            criu.write_all(&one_page(HeaderLayout::New, CLOSE)[..200])
+                .unwrap();
+            criu.read_exact(&mut [0]).expect("the answer to OPEN2");
+        }
+        running.stopper.stop();
+        let error = running.join().expect_err("nothing was taken");
+        let stopped = EndpointError::Session(SessionError::Stopped);
+        assert_eq!(error.to_string(), stopped.to_string());
+    }
+}
+
+/// A sink that was made for somebody who has left meanwhile.
+#[test]
+fn a_sink_that_nobody_waits_for_is_dropped() {
+    let (dropped, drops) = channel();
+    let (tell, made) = channel();
+    let running = Running::listen(options(false), move || {
+        tell.send(()).expect("the test listens");
+        thread::sleep(Duration::from_millis(200));
+        Ok(Memory {
+            dropped: Some(Told(dropped.clone())),
+            ..Memory::default()
+        })
+    });
+    // Many at once begin only one.
+    let crowd: Vec<_> = (0..MOST_WAITING).map(|_| running.connect()).collect();
+    made.recv().expect("one is being made");
+    drop(crowd);
+    drops
+        .recv_timeout(Duration::from_secs(5))
+        .expect("it is dropped when it is there");
+    assert!(made.try_recv().is_err());
+    running.stop();
+}
+
+#[test]
 fn a_sink_made_long_before_is_made_anew_where_its_destination_is_gone() {
     let mut made = 0;
     let running = Running::listen(options(false), move || {
