@@ -137,6 +137,16 @@ pub enum CriuError {
 }
 
 impl CriuError {
+    /// What to make of the operating system's refusal to `action` (an infinitive), where there is no
+    /// worker yet.
+    pub(crate) fn io<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Self + Copy {
+        move |source| Self::Io {
+            pid: 0,
+            action,
+            source: source.into(),
+        }
+    }
+
     /// Whether CRIU ended without tidying up: a tree that it had runs on with what was done to it.
     pub fn has_died(&self) -> bool {
         matches!(

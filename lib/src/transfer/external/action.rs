@@ -1,14 +1,15 @@
 //! What CRIU's action script says to the migration that waits for it.
 //!
 //! A line of text each way, over a UNIX socket: `STAGE CRIU ROOT IMAGES`, the pids as numbers, 0 where
-//! they are not known, and the directory as CRIU has it open; then `go` or `no`. Whoever hears nothing takes that for `no`: a migration that is
-//! gone decides nothing, and CRIU lets the tree run, or removes the copy.
+//! they are not known, and the directory as CRIU has it open; then `go` or `no`. Whoever hears nothing
+//! takes that for `no`: a migration that is gone decides nothing, and CRIU lets the tree run, or removes
+//! the copy.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -182,7 +183,7 @@ pub(in crate::transfer) fn unregister(root: u32, place: &Path) {
     }
 }
 
-// Paths of sockets are short: the directory is named by a descriptor.
+// A socket's path may have 107 bytes and no more: the directory is named by a descriptor instead.
 fn beside<T>(socket: &Path, open: impl Fn(&Path) -> io::Result<T>) -> io::Result<T> {
     let (Some(directory), Some(name)) = (socket.parent(), socket.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -253,22 +254,54 @@ pub(in crate::transfer) fn listen(
         "#!/bin/sh\n# The action script of a migration; made by crxfer.\n{}",
         case(program, &variable)?
     );
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o700)
-        .open(&script)?;
-    file.write_all(text.as_bytes())?;
+    write_whole(&script, text.as_bytes(), 0o700)?;
     Ok((listener, script))
 }
 
+/// Replaces the file at `path` at once: CRIU takes an empty script for one that approves.
+pub fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let mut draft = path.as_os_str().to_owned();
+    draft.push(".new");
+    let draft = PathBuf::from(draft);
+    match fs::remove_file(&draft) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o700)
+        .open(&draft)?;
+    file.write_all(bytes)?;
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    // A power cut must not leave the new name with nothing below it.
+    file.sync_data()?;
+    fs::rename(&draft, path)
+}
+
+/// Name of the action script for every CRIU of a host, beside CRIU's file of options.
+pub const HOST_SCRIPT: &str = "crxfer-action";
+
+/// Its first lines: they tell it from a migration's own.
+const HOST_SCRIPT_HEAD: &str =
+    "#!/bin/sh\n# CRIU's action script; made by crxfer. Does nothing for a CRIU of no migration.\n";
+
 /// The text of an action script for every CRIU of this host: `program` looks for the migration itself.
 pub fn script(program: &ActionProgram) -> io::Result<String> {
-    Ok(format!(
-        "#!/bin/sh\n# CRIU's action script; made by crxfer. Does nothing for a CRIU of no migration.\n{}",
-        case(program, "")?
-    ))
+    Ok(format!("{HOST_SCRIPT_HEAD}{}", case(program, "")?))
+}
+
+/// Whether the script `text` has every CRIU of this host ask: it is [ours](script), or one of the
+/// operator's that calls ours.
+pub fn asks(text: &str) -> bool {
+    let calls = |line: &str| {
+        let line = line.trim_start();
+        !line.starts_with('#') && (line.contains(HOST_SCRIPT) || line.contains("crxfer action"))
+    };
+    let is_ours = text
+        .strip_prefix(HOST_SCRIPT_HEAD)
+        .is_some_and(|rest| rest.trim_end().ends_with("esac"));
+    is_ours || text.lines().any(calls)
 }
 
 // CRIU waits for it at every stage: few have to be heard of.
@@ -290,7 +323,7 @@ fn quoted(text: &std::ffi::OsStr) -> io::Result<String> {
     let text = text.ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidInput, "a path that is no plain text")
     })?;
-    Ok(format!("'{}'", text.replace('\'', r"'\''")))
+    Ok(crate::runtime::quoted(text))
 }
 
 /// The next report; `None` where who connected is not this user's script, or says nothing.

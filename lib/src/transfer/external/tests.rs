@@ -196,6 +196,28 @@ fn a_criu_of_no_migration_goes_on() {
 }
 
 #[test]
+fn only_a_script_for_every_criu_is_a_hold() {
+    let ours = action::script(&program()).unwrap();
+    assert!(action::asks(&ours));
+    assert!(action::asks(
+        "#!/bin/sh\nlog\nexec /etc/criu/crxfer-action\n"
+    ));
+    assert!(!action::asks(""));
+    let cut = &ours[..ours.len() - 8];
+    assert!(!action::asks(cut), "{cut}");
+    assert!(!action::asks(
+        "#!/bin/sh\n# not /etc/criu/crxfer-action any more\n"
+    ));
+    let place = tempfile::Builder::new()
+        .prefix("crxfer-")
+        .tempdir()
+        .unwrap();
+    let (_listener, script) = action::listen(place.path(), &program()).unwrap();
+    let of_a_migration = fs::read_to_string(script).unwrap();
+    assert!(!action::asks(&of_a_migration), "{of_a_migration}");
+}
+
+#[test]
 fn memory_comes_by_the_door_or_lies_in_files_or_never_comes() {
     let door = Door::open().unwrap();
     let keeper = door.keeper();

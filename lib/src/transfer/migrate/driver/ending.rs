@@ -22,9 +22,9 @@ const ABORT_TIME: Duration = Duration::from_secs(10);
 
 impl Driver<'_> {
     /// Ends the migration early, with the workload where it belongs.
-    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     ///
     /// Succeeds where it was in doubt, and the workload then runs at the destination.
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     pub(super) async fn give_up(&mut self, mut error: MigrateError) -> Result<(), MigrateFailure> {
         self.may_stop = false;
         // Nothing is expected of an iteration any more.
