@@ -310,7 +310,7 @@ mod tests {
         let before = format!("tcp-close\naction-script {}", other.display());
         fs::write(&conf, &before).unwrap();
 
-        let error = set_up_runc(&args).unwrap_err().to_string();
+        let error = format!("{:?}", set_up_runc(&args).unwrap_err());
         assert!(error.contains(script.to_str().unwrap()), "{error}");
         assert!(is_hold(&script) && !is_hold(&other));
         assert_eq!(fs::read_to_string(&conf).unwrap(), before);

@@ -27,7 +27,8 @@ pub(in crate::transfer) const POINTER: &str = ".crxfer-action";
 /// Name of the socket in its directory.
 pub(in crate::transfer) const SOCKET_NAME: &str = "action.sock";
 
-/// File beside the socket, written when CRIU begins to build a copy.
+/// File beside the socket, written when CRIU begins to build a copy: CRIU's pid, and when it was
+/// started.
 const BEGUN: &str = "begun";
 
 /// The same when CRIU has let it go: the pid of its root.
@@ -84,8 +85,8 @@ pub fn report(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool, Actio
     let Some(socket) = socket.or_else(|| find(images.as_deref(), stage, root)) else {
         return Ok(true);
     };
-    note(&socket, stage, root);
     let criu = images.as_deref().and_then(criu_of).unwrap_or(0);
+    note(&socket, stage, criu, root);
     let images = images.as_ref().map_or("".into(), |it| it.to_string_lossy());
     let answer = ask(&socket, &format!("{name} {criu} {root} {images}\n"));
     match answer {
@@ -100,15 +101,22 @@ pub fn report(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool, Actio
 }
 
 // It is read where nobody is left to be told.
-fn note(socket: &Path, stage: Stage, root: u32) {
-    let name = match stage {
-        Stage::PreRestore => BEGUN,
-        Stage::PostResume => RESUMED,
-        _ => return,
-    };
-    if let Some(place) = socket.parent() {
-        let _ = fs::write(place.join(name), root.to_string());
+fn note(socket: &Path, stage: Stage, criu: u32, root: u32) {
+    let Some(place) = socket.parent() else { return };
+    match stage {
+        Stage::PreRestore => begin(place, Process::of(criu)),
+        Stage::PostResume => {
+            let _ = fs::write(place.join(RESUMED), root.to_string());
+        }
+        _ => {}
     }
+}
+
+/// Notes that a copy may have been begun from the images of `place`, by the process `criu` if that is
+/// known.
+pub(in crate::transfer) fn begin(place: &Path, criu: Option<Process>) {
+    let text = criu.map_or_else(String::new, |criu| format!("{} {}", criu.pid, criu.started));
+    let _ = fs::write(place.join(BEGUN), text);
 }
 
 fn ask(socket: &Path, line: &str) -> io::Result<bool> {
@@ -195,6 +203,16 @@ fn beside<T>(socket: &Path, open: impl Fn(&Path) -> io::Result<T>) -> io::Result
 /// Whether a CRIU has begun to build a copy from the images of `place`.
 pub(in crate::transfer) fn has_begun(place: &Path) -> bool {
     place.join(BEGUN).exists()
+}
+
+/// The CRIU that has begun it, which may have ended since.
+pub(in crate::transfer) fn builder(place: &Path) -> Option<Process> {
+    let text = fs::read_to_string(place.join(BEGUN)).ok()?;
+    let (pid, started) = text.trim().split_once(' ')?;
+    Some(Process {
+        pid: pid.parse().ok()?,
+        started: started.parse().ok()?,
+    })
 }
 
 /// The root of a copy that CRIU has let go, as it was when its script said so.

@@ -326,7 +326,20 @@ impl External {
         if is_success && self.is_decided() {
             return Ok(());
         }
+        let was_asked = !self.answered.is_empty();
+        if is_success && operation == Operation::Restore && !was_asked {
+            // Whatever it did: the runtime has to forget it.
+            if let Some(place) = self.work.parent() {
+                action::begin(place, None);
+            }
+        }
         let how = match (is_success, status) {
+            (true, _) if operation == Operation::Restore => {
+                "ended well without having asked whether it may: a copy may run on the destination, \
+                 look there and end it; does its CRIU run $CRXFER_ACTION_SCRIPT, or `crxfer action`, \
+                 as action script?"
+                    .to_owned()
+            }
             (true, _) => "ended well without having asked whether it may: does its CRIU run \
                           $CRXFER_ACTION_SCRIPT, or `crxfer action`, as action script?"
                 .to_owned(),
@@ -337,7 +350,15 @@ impl External {
             operation,
             how,
             output: self.printed(),
+            log: Some(self.log()).filter(|log| log.exists()),
             died: !self.is_tidy(),
+        })
+    }
+
+    fn log(&self) -> PathBuf {
+        self.work.join(match self.operation {
+            Operation::Restore => "restore.log",
+            _ => "dump.log",
         })
     }
 
@@ -346,11 +367,7 @@ impl External {
         if self.answered.is_empty() {
             return true;
         }
-        let name = match self.operation {
-            Operation::Restore => "restore.log",
-            _ => "dump.log",
-        };
-        let end = end_of(&self.work.join(name)).unwrap_or_default();
+        let end = end_of(&self.log()).unwrap_or_default();
         [
             "Dumping FAILED",
             "Restoring FAILED",

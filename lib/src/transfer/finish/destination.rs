@@ -379,6 +379,12 @@ fn look(about: &DestinationAbout) -> copy::Found {
             command::kill_group(criu);
         }
     }
+    // A runtime's daemon, or its monitor, starts CRIU outside of that group.
+    if about.runtime.is_some()
+        && let Some(criu) = action::builder(&about.scene())
+    {
+        await_end(criu);
+    }
     if about.runtime.is_some()
         && let Some(root) = action::resumed(&about.scene())
     {

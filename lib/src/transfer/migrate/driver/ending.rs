@@ -70,10 +70,10 @@ impl Driver<'_> {
         {
             place.keep_logs();
         }
-        if let (MigrateError::Criu(CriuError::Failed(failure)), Some(work)) =
-            (&mut error, &self.work)
+        if let (MigrateError::Criu(failure), Some(work)) = (&mut error, &self.work)
+            && let Some(log) = failure.log()
         {
-            work.keep_log(&mut failure.log, &self.id.to_string());
+            work.keep_log(log, &self.id.to_string());
         }
         Err(MigrateFailure {
             error,
