@@ -14,6 +14,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::scripts;
 use crate::criu::Stage;
 use crate::runtime::ActionProgram;
 use crate::tree::Process;
@@ -254,7 +255,7 @@ impl Report {
     }
 }
 
-/// Makes the socket and the script in `place`, and gives both.
+/// Makes the socket in `place` and the script there or [elsewhere](scripts), and gives both.
 pub(in crate::transfer) fn listen(
     place: &Path,
     program: &ActionProgram,
@@ -266,7 +267,7 @@ pub(in crate::transfer) fn listen(
     }
     let listener = beside(&socket, |path| UnixListener::bind(path))?;
     listener.set_nonblocking(true)?;
-    let script = place.join("action");
+    let script = scripts::directory(place)?.join("action");
     let variable = format!("{SOCKET}={} ", quoted(socket.as_os_str())?);
     let text = format!(
         "#!/bin/sh\n# The action script of a migration; made by crxfer.\n{}",

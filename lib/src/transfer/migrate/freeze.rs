@@ -32,7 +32,7 @@ use crate::runtime::DumpCommand;
 use crate::transfer::clock::Clock;
 use crate::transfer::external::action::POINTER;
 use crate::transfer::external::memory::{Door, DoorKeeper, Memory};
-use crate::transfer::external::{action, command};
+use crate::transfer::external::{action, command, scripts};
 use crate::transfer::pause;
 use crate::tree::{Process, Tree, hold};
 
@@ -139,6 +139,7 @@ impl Drop for DumpPlace {
     fn drop(&mut self) {
         if let Some(root) = self.registered {
             action::unregister(root, &self.root);
+            scripts::remove(&self.root);
         }
         let _ = fs::remove_dir_all(self.images());
         if !self.keep_logs {
