@@ -91,6 +91,14 @@ impl Driver<'_> {
         if let Ok(Err(error)) = running.await {
             self.emit(MigrateEvent::Warning(error.to_string()));
         }
+        self.note_hooked();
+    }
+
+    /// Whoever goes on after this process must not run the last hook again.
+    pub(super) fn note_hooked(&mut self) {
+        if let Some(Err(error)) = self.record.as_ref().map(|record| record.hooked()) {
+            self.emit(MigrateEvent::Warning(error.to_string()));
+        }
     }
 
     // Nobody knows whether the copy runs: the tree stays frozen until somebody does.
@@ -107,12 +115,6 @@ impl Driver<'_> {
         match self.settle(&error).await {
             Some(SourceOutcome::Moved { pid, notes }) => {
                 self.moved_late(pid, notes);
-                // Not as a job of the session: that one has ended, and would take the hook along.
-                if let Some(hook) = self.start_hook(hooks::Moment::AfterCommit)
-                    && let Ok(Err(error)) = hook.await
-                {
-                    self.report.notes.push(error.to_string());
-                }
                 let note = self.close_record(true).await;
                 self.report.notes.extend(note);
                 Ok(())
@@ -121,7 +123,6 @@ impl Driver<'_> {
                 for note in notes {
                     self.emit(MigrateEvent::Warning(note));
                 }
-                self.aborted(error.to_string()).await;
                 self.close_record(told).await;
                 Err(failed(error, Owner::Source, told))
             }
