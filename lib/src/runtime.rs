@@ -31,8 +31,8 @@ pub struct DumpCommand {
 /// The command that restores workloads of one runtime.
 ///
 /// It is run by `sh -c` with `CRXFER_NAME`, `CRXFER_CONTAINER`, `CRXFER_IMAGES`, `CRXFER_WORK`
-/// (for logs; CRIU's is best named `restore.log`), `CRXFER_OPTIONS` as on the source, and `CRXFER_ACTION_SCRIPT`, and ends with 0 when the
-/// copy runs, detached from it.
+/// (for logs; CRIU's is best named `restore.log`), `CRXFER_OPTIONS` as on the source, and
+/// `CRXFER_ACTION_SCRIPT`, and ends with 0 when the copy runs, detached from it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreCommand {
     /// Name of the runtime, as the source's offer has it.
@@ -57,6 +57,11 @@ pub struct ActionProgram {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
+}
+
+/// `text` as one word of a shell.
+pub fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 impl RestoreCommand {

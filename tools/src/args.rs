@@ -78,7 +78,13 @@ pub(crate) enum Command {
     #[command(hide = true)]
     Guard(GuardArgs),
     /// What CRIU's action-script calls: asks the migration whether CRIU may go on
-    #[command(hide = true)]
+    #[command(
+        hide = true,
+        after_help = "\
+Examples, of action scripts:
+  exec crxfer action
+  crxfer action || exit 1"
+    )]
     Action,
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crxfer::criu::streamer::{CaptureOptions, Serve, Served, vote};
 use crxfer::image::{Chain, ChainOptions, FlatView, ParentLinks};
+use crxfer::runtime::quoted;
 use crxfer::store::{Store, StoreError};
 use crxfer::transfer::{
     Events, SendOptions, StreamMoment, StreamOptions, StreamReport, stream_capture,
@@ -267,8 +268,8 @@ impl Script {
             .map_err(Failed::file("find", "the path of this program".as_ref()))?;
         let text = format!(
             "#!/bin/sh\nexec {} stream vote {}\n",
-            quoted(&program),
-            quoted(directory)
+            quoted(&program.to_string_lossy()),
+            quoted(&directory.to_string_lossy())
         );
         let written = write_script(&path, &text);
         written.map_err(Failed::file("write the action script", &path))?;
@@ -295,11 +296,6 @@ impl Drop for Script {
     }
 }
 
-/// A path as one word of a shell.
-fn quoted(path: &Path) -> String {
-    format!("'{}'", path.to_string_lossy().replace('\'', r"'\''"))
-}
-
 /// CRIU has an image open for each task and more; the usual limit of descriptors is for programs that
 /// use select.
 fn allow_many_pipes() {
@@ -318,7 +314,7 @@ mod tests {
 
     #[test]
     fn paths_stay_one_word() {
-        assert_eq!(quoted(Path::new("/a b/it's")), r"'/a b/it'\''s'");
+        assert_eq!(quoted("/a b/it's"), r"'/a b/it'\''s'");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::stage::Stage;
 
@@ -80,7 +80,7 @@ pub enum CriuError {
     #[error("{0}")]
     Failed(Box<Failure>),
     /// A command that runs CRIU in its own way did not end well.
-    #[error("the {operation} command {how}{output}")]
+    #[error("the {operation} command {how}{output}{}", place_of(log.as_deref()))]
     Command {
         /// What was asked of it.
         operation: Operation,
@@ -88,6 +88,8 @@ pub enum CriuError {
         how: String,
         /// The end of what it printed, after a colon; empty if that was nothing.
         output: String,
+        /// CRIU's log, where there is one.
+        log: Option<PathBuf>,
         /// Its CRIU is not known to have tidied up.
         died: bool,
     },
@@ -137,6 +139,26 @@ pub enum CriuError {
 }
 
 impl CriuError {
+    /// What to make of the operating system's refusal to `action` (an infinitive), where there is no
+    /// worker yet.
+    pub(crate) fn io<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Self + Copy {
+        move |source| Self::Io {
+            pid: 0,
+            action,
+            source: source.into(),
+        }
+    }
+
+    /// CRIU's log of the failure, where it is known: it may be moved.
+    #[cfg(feature = "net")]
+    pub(crate) fn log(&mut self) -> Option<&mut PathBuf> {
+        match self {
+            Self::Failed(failure) => Some(&mut failure.log),
+            Self::Command { log, .. } => log.as_mut(),
+            _ => None,
+        }
+    }
+
     /// Whether CRIU ended without tidying up: a tree that it had runs on with what was done to it.
     pub fn has_died(&self) -> bool {
         matches!(
@@ -149,6 +171,10 @@ impl CriuError {
                 | Self::TimedOut { killed: true, .. }
         )
     }
+}
+
+fn place_of(log: Option<&Path>) -> String {
+    log.map_or_else(String::new, |log| format!(" (log: {})", log.display()))
 }
 
 const KILLED: &str = "; criu did not react and was killed";

@@ -107,11 +107,8 @@ impl Process {
             let second = output.try_clone()?;
             Ok((copy, second))
         });
-        let (stdout, stderr) = copies.map_err(|source| CriuError::Io {
-            pid: 0,
-            action: "duplicate the file for criu's output",
-            source,
-        })?;
+        let (stdout, stderr) =
+            copies.map_err(CriuError::io("duplicate the file for criu's output"))?;
 
         let mut command = Command::new(program);
         command

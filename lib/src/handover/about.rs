@@ -43,6 +43,18 @@ pub struct SourceAbout {
     pub partition_wait_ms: u64,
     /// Addresses that the workload's sockets are bound to: the network lock goes when they have.
     pub bound: Vec<std::net::IpAddr>,
+    /// The same, for the hooks: whatever becomes of the lock.
+    #[serde(default)]
+    pub hook_addresses: Vec<std::net::IpAddr>,
+    /// Commands at named moments, each as the command line takes it.
+    #[serde(default)]
+    pub hooks: Vec<String>,
+    /// Milliseconds that each of them may take.
+    #[serde(default)]
+    pub hook_limit_ms: u64,
+    /// The hook after-commit or after-abort has run, well or not.
+    #[serde(default)]
+    pub hooked: bool,
 }
 
 /// What must be known of a migration to end it on the destination.

@@ -164,8 +164,8 @@ impl Guard {
 pub fn run_guard(state: &Path, side: GuardSide) -> Result<(), JournalError> {
     // When memory is short the workload's way back must not be what is given up. Needs root.
     let _ = fs::write("/proc/self/oom_score_adj", "-900");
-    // In the parent's directory: the hooks may be relative to it.
-    // Its number, to tell its word from that of the next one.
+    // It stays in the parent's directory: the hooks may be relative to it.
+    // The parent's number tells its word from that of the next one.
     let parent = std::os::unix::process::parent_id();
     let mut held = Held::new();
     if line::wait(io::stdin().lock(), &mut held) == End::Dismissed {

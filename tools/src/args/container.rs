@@ -78,6 +78,11 @@ pub(crate) struct RuntimeArgs {
 /// `network-lock nftables`. What else is in it stays. Needed once on each host whose containers are
 /// moved; a CRIU that is of no migration does not notice.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  crxfer runc-setup                                 once, on both hosts
+  crxfer recv --dir /var/lib/images --allow-restore --runc-bundles /srv/bundles
+  crxfer migrate --runc web --to crxfer1-…          moves the container")]
 pub(crate) struct RuncSetupArgs {
     /// The file with runc's options for CRIU
     #[arg(long, value_name = "FILE", default_value = "/etc/criu/runc.conf",

@@ -30,6 +30,10 @@ fn about(name: &str) -> SourceAbout {
         partition_wait_ms: 0,
         on_partition: OnPartition::Hold,
         bound: Vec::new(),
+        hook_addresses: Vec::new(),
+        hooks: Vec::new(),
+        hook_limit_ms: 0,
+        hooked: false,
     }
 }
 

@@ -1,18 +1,20 @@
 //! What CRIU's action script says to the migration that waits for it.
 //!
 //! A line of text each way, over a UNIX socket: `STAGE CRIU ROOT IMAGES`, the pids as numbers, 0 where
-//! they are not known, and the directory as CRIU has it open; then `go` or `no`. Whoever hears nothing takes that for `no`: a migration that is
-//! gone decides nothing, and CRIU lets the tree run, or removes the copy.
+//! they are not known, and the directory as CRIU has it open; then `go` or `no`. Whoever hears nothing
+//! takes that for `no`: a migration that is gone decides nothing, and CRIU lets the tree run, or removes
+//! the copy.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::scripts;
 use crate::criu::Stage;
 use crate::runtime::ActionProgram;
 use crate::tree::Process;
@@ -26,7 +28,8 @@ pub(in crate::transfer) const POINTER: &str = ".crxfer-action";
 /// Name of the socket in its directory.
 pub(in crate::transfer) const SOCKET_NAME: &str = "action.sock";
 
-/// File beside the socket, written when CRIU begins to build a copy.
+/// File beside the socket, written when CRIU begins to build a copy: CRIU's pid, and when it was
+/// started.
 const BEGUN: &str = "begun";
 
 /// The same when CRIU has let it go: the pid of its root.
@@ -83,8 +86,8 @@ pub fn report(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool, Actio
     let Some(socket) = socket.or_else(|| find(images.as_deref(), stage, root)) else {
         return Ok(true);
     };
-    note(&socket, stage, root);
     let criu = images.as_deref().and_then(criu_of).unwrap_or(0);
+    note(&socket, stage, criu, root);
     let images = images.as_ref().map_or("".into(), |it| it.to_string_lossy());
     let answer = ask(&socket, &format!("{name} {criu} {root} {images}\n"));
     match answer {
@@ -99,15 +102,22 @@ pub fn report(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool, Actio
 }
 
 // It is read where nobody is left to be told.
-fn note(socket: &Path, stage: Stage, root: u32) {
-    let name = match stage {
-        Stage::PreRestore => BEGUN,
-        Stage::PostResume => RESUMED,
-        _ => return,
-    };
-    if let Some(place) = socket.parent() {
-        let _ = fs::write(place.join(name), root.to_string());
+fn note(socket: &Path, stage: Stage, criu: u32, root: u32) {
+    let Some(place) = socket.parent() else { return };
+    match stage {
+        Stage::PreRestore => begin(place, Process::of(criu)),
+        Stage::PostResume => {
+            let _ = fs::write(place.join(RESUMED), root.to_string());
+        }
+        _ => {}
     }
+}
+
+/// Notes that a copy may have been begun from the images of `place`, by the process `criu` if that is
+/// known.
+pub(in crate::transfer) fn begin(place: &Path, criu: Option<Process>) {
+    let text = criu.map_or_else(String::new, |criu| format!("{} {}", criu.pid, criu.started));
+    let _ = fs::write(place.join(BEGUN), text);
 }
 
 fn ask(socket: &Path, line: &str) -> io::Result<bool> {
@@ -182,7 +192,7 @@ pub(in crate::transfer) fn unregister(root: u32, place: &Path) {
     }
 }
 
-// Paths of sockets are short: the directory is named by a descriptor.
+// A socket's path may have 107 bytes and no more: the directory is named by a descriptor instead.
 fn beside<T>(socket: &Path, open: impl Fn(&Path) -> io::Result<T>) -> io::Result<T> {
     let (Some(directory), Some(name)) = (socket.parent(), socket.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -194,6 +204,16 @@ fn beside<T>(socket: &Path, open: impl Fn(&Path) -> io::Result<T>) -> io::Result
 /// Whether a CRIU has begun to build a copy from the images of `place`.
 pub(in crate::transfer) fn has_begun(place: &Path) -> bool {
     place.join(BEGUN).exists()
+}
+
+/// The CRIU that has begun it, which may have ended since.
+pub(in crate::transfer) fn builder(place: &Path) -> Option<Process> {
+    let text = fs::read_to_string(place.join(BEGUN)).ok()?;
+    let (pid, started) = text.trim().split_once(' ')?;
+    Some(Process {
+        pid: pid.parse().ok()?,
+        started: started.parse().ok()?,
+    })
 }
 
 /// The root of a copy that CRIU has let go, as it was when its script said so.
@@ -235,7 +255,7 @@ impl Report {
     }
 }
 
-/// Makes the socket and the script in `place`, and gives both.
+/// Makes the socket in `place` and the script there or [elsewhere](scripts), and gives both.
 pub(in crate::transfer) fn listen(
     place: &Path,
     program: &ActionProgram,
@@ -247,28 +267,60 @@ pub(in crate::transfer) fn listen(
     }
     let listener = beside(&socket, |path| UnixListener::bind(path))?;
     listener.set_nonblocking(true)?;
-    let script = place.join("action");
+    let script = scripts::directory(place)?.join("action");
     let variable = format!("{SOCKET}={} ", quoted(socket.as_os_str())?);
     let text = format!(
         "#!/bin/sh\n# The action script of a migration; made by crxfer.\n{}",
         case(program, &variable)?
     );
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o700)
-        .open(&script)?;
-    file.write_all(text.as_bytes())?;
+    write_whole(&script, text.as_bytes(), 0o700)?;
     Ok((listener, script))
 }
 
+/// Replaces the file at `path` at once: CRIU takes an empty script for one that approves.
+pub fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let mut draft = path.as_os_str().to_owned();
+    draft.push(".new");
+    let draft = PathBuf::from(draft);
+    match fs::remove_file(&draft) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o700)
+        .open(&draft)?;
+    file.write_all(bytes)?;
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    // A power cut must not leave the new name with nothing below it.
+    file.sync_data()?;
+    fs::rename(&draft, path)
+}
+
+/// Name of the action script for every CRIU of a host, beside CRIU's file of options.
+pub const HOST_SCRIPT: &str = "crxfer-action";
+
+/// Its first lines: they tell it from a migration's own.
+const HOST_SCRIPT_HEAD: &str =
+    "#!/bin/sh\n# CRIU's action script; made by crxfer. Does nothing for a CRIU of no migration.\n";
+
 /// The text of an action script for every CRIU of this host: `program` looks for the migration itself.
 pub fn script(program: &ActionProgram) -> io::Result<String> {
-    Ok(format!(
-        "#!/bin/sh\n# CRIU's action script; made by crxfer. Does nothing for a CRIU of no migration.\n{}",
-        case(program, "")?
-    ))
+    Ok(format!("{HOST_SCRIPT_HEAD}{}", case(program, "")?))
+}
+
+/// Whether the script `text` has every CRIU of this host ask: it is [ours](script), or one of the
+/// operator's that calls ours.
+pub fn asks(text: &str) -> bool {
+    let calls = |line: &str| {
+        let line = line.trim_start();
+        !line.starts_with('#') && (line.contains(HOST_SCRIPT) || line.contains("crxfer action"))
+    };
+    let is_ours = text
+        .strip_prefix(HOST_SCRIPT_HEAD)
+        .is_some_and(|rest| rest.trim_end().ends_with("esac"));
+    is_ours || text.lines().any(calls)
 }
 
 // CRIU waits for it at every stage: few have to be heard of.
@@ -290,7 +342,7 @@ fn quoted(text: &std::ffi::OsStr) -> io::Result<String> {
     let text = text.ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidInput, "a path that is no plain text")
     })?;
-    Ok(format!("'{}'", text.replace('\'', r"'\''")))
+    Ok(crate::runtime::quoted(text))
 }
 
 /// The next report; `None` where who connected is not this user's script, or says nothing.

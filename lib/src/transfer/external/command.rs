@@ -126,23 +126,20 @@ impl External {
         variables: Variables,
         program: &ActionProgram,
     ) -> Result<Self, CriuError> {
-        let failed = |action| {
-            move |source| CriuError::Io {
-                pid: 0,
-                action,
-                source,
-            }
-        };
         let work = place.join("work");
         if !work.is_dir() {
-            fs::create_dir(&work).map_err(failed("make a directory for logs"))?;
+            fs::create_dir(&work).map_err(CriuError::io("make a directory for logs"))?;
         }
         let (listener, script) = action::listen(place, program)
-            .map_err(failed("make a socket for the action script"))?;
+            .map_err(CriuError::io("make a socket for the action script"))?;
         let output = rustix::fs::memfd_create("command-output", MemfdFlags::CLOEXEC)
             .map(File::from)
-            .map_err(|errno| failed("make a file for output")(errno.into()))?;
-        let copy = || output.try_clone().map_err(failed("duplicate a descriptor"));
+            .map_err(CriuError::io("make a file for output"))?;
+        let copy = || {
+            output
+                .try_clone()
+                .map_err(CriuError::io("duplicate a descriptor"))
+        };
         let mut shell = Command::new("sh");
         shell
             .args(["-c", WAIT_AND_RUN, "sh", command])
@@ -164,7 +161,7 @@ impl External {
             source,
         })?;
         let go = child.stdin.take();
-        let opened = (|| {
+        let opened = (|| -> Result<_, Errno> {
             let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
             let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
             let leader = Process::of(child.id()).ok_or(Errno::SRCH)?;
@@ -173,10 +170,9 @@ impl External {
         let (process, wake, leader) = match opened {
             Ok(opened) => opened,
             Err(errno) => {
-                let _: Errno = errno;
                 drop(go);
                 let _ = child.wait();
-                return Err(failed("watch a command")(errno.into()));
+                return Err(CriuError::io("watch a command")(errno));
             }
         };
         Ok(Self {
@@ -330,7 +326,20 @@ impl External {
         if is_success && self.is_decided() {
             return Ok(());
         }
+        let was_asked = !self.answered.is_empty();
+        if is_success && operation == Operation::Restore && !was_asked {
+            // Whatever it did: the runtime has to forget it.
+            if let Some(place) = self.work.parent() {
+                action::begin(place, None);
+            }
+        }
         let how = match (is_success, status) {
+            (true, _) if operation == Operation::Restore => {
+                "ended well without having asked whether it may: a copy may run on the destination, \
+                 look there and end it; does its CRIU run $CRXFER_ACTION_SCRIPT, or `crxfer action`, \
+                 as action script?"
+                    .to_owned()
+            }
             (true, _) => "ended well without having asked whether it may: does its CRIU run \
                           $CRXFER_ACTION_SCRIPT, or `crxfer action`, as action script?"
                 .to_owned(),
@@ -341,7 +350,15 @@ impl External {
             operation,
             how,
             output: self.printed(),
+            log: Some(self.log()).filter(|log| log.exists()),
             died: !self.is_tidy(),
+        })
+    }
+
+    fn log(&self) -> PathBuf {
+        self.work.join(match self.operation {
+            Operation::Restore => "restore.log",
+            _ => "dump.log",
         })
     }
 
@@ -350,11 +367,7 @@ impl External {
         if self.answered.is_empty() {
             return true;
         }
-        let name = match self.operation {
-            Operation::Restore => "restore.log",
-            _ => "dump.log",
-        };
-        let end = end_of(&self.work.join(name)).unwrap_or_default();
+        let end = end_of(&self.log()).unwrap_or_default();
         [
             "Dumping FAILED",
             "Restoring FAILED",
@@ -446,6 +459,9 @@ pub(in crate::transfer) fn run_to_end(
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .process_group(0);
+    for variable in pause::VARIABLES {
+        shell.env_remove(variable);
+    }
     let failed = |what: String| format!("`{command}` {what}");
     let mut child = shell
         .spawn()

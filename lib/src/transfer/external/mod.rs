@@ -13,10 +13,12 @@
 //! - [`action`]: that last line, both ends of it.
 //! - [`command`]: the command, from its start to its end.
 //! - [`memory`]: where its memory comes from.
+//! - [`scripts`]: where the script is that CRIU runs.
 
 pub mod action;
 pub(in crate::transfer) mod command;
 pub(in crate::transfer) mod memory;
+pub(in crate::transfer) mod scripts;
 
 #[cfg(test)]
 mod tests;

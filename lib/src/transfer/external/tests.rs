@@ -121,6 +121,34 @@ fn a_command_that_never_asked_has_not_dumped_well() {
 }
 
 #[test]
+fn a_restore_that_never_asked_may_have_left_a_copy() {
+    let place = tempfile::tempdir().unwrap();
+    let mut external = start(place.path(), Operation::Restore, "true");
+    let error = external.run(&mut |_| Verdict::GoOn).unwrap_err();
+    assert!(error.to_string().contains("a copy may run"), "{error}");
+    assert!(action::has_begun(place.path()));
+    assert_eq!(action::builder(place.path()), None);
+
+    let place = tempfile::tempdir().unwrap();
+    let mut external = start(place.path(), Operation::Restore, "exit 3");
+    external.run(&mut |_| Verdict::GoOn).unwrap_err();
+    assert!(!action::has_begun(place.path()));
+}
+
+#[test]
+fn criu_that_builds_a_copy_is_known_to_who_comes_later() {
+    let place = tempfile::tempdir().unwrap();
+    let mut external = start(place.path(), Operation::Restore, &criu("pre-restore"));
+    let mut asked = None;
+    let _ = external.run(&mut |report| {
+        asked = report.criu;
+        Verdict::GoOn
+    });
+    assert!(asked.is_some());
+    assert_eq!(action::builder(place.path()), asked);
+}
+
+#[test]
 fn what_a_failing_command_said_is_quoted_and_its_criu_is_taken_for_dead() {
     let place = tempfile::tempdir().unwrap();
     let failing = format!("{}; echo 'no such container' >&2; exit 4", criu("pre-dump"));
@@ -136,6 +164,8 @@ fn what_a_failing_command_said_is_quoted_and_its_criu_is_taken_for_dead() {
     let mut external = start(place.path(), Operation::Dump, &failing);
     let error = external.run(&mut |_| Verdict::GoOn).unwrap_err();
     assert!(!error.has_died(), "{error}");
+    let log = place.path().join("work/dump.log");
+    assert!(error.to_string().contains(log.to_str().unwrap()), "{error}");
 }
 
 #[test]
@@ -193,6 +223,28 @@ fn a_criu_of_no_migration_goes_on() {
     let pointer = images.path().join(action::POINTER);
     fs::write(pointer, socket.as_os_str().as_encoded_bytes()).unwrap();
     report("post-restore").unwrap_err();
+}
+
+#[test]
+fn only_a_script_for_every_criu_is_a_hold() {
+    let ours = action::script(&program()).unwrap();
+    assert!(action::asks(&ours));
+    assert!(action::asks(
+        "#!/bin/sh\nlog\nexec /etc/criu/crxfer-action\n"
+    ));
+    assert!(!action::asks(""));
+    let cut = &ours[..ours.len() - 8];
+    assert!(!action::asks(cut), "{cut}");
+    assert!(!action::asks(
+        "#!/bin/sh\n# not /etc/criu/crxfer-action any more\n"
+    ));
+    let place = tempfile::Builder::new()
+        .prefix("crxfer-")
+        .tempdir()
+        .unwrap();
+    let (_listener, script) = action::listen(place.path(), &program()).unwrap();
+    let of_a_migration = fs::read_to_string(script).unwrap();
+    assert!(!action::asks(&of_a_migration), "{of_a_migration}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::hooks::{self, Environment, Hooks, Side};
 use crate::preflight::Facts;
 use crate::standby;
 use crate::transfer::TransferError;
-use crate::transfer::external::{action, command};
+use crate::transfer::external::{action, command, scripts};
 use crate::transfer::recv::{check_images, orphans, restore};
 use crate::tree::{Process, boot_id, copy};
 
@@ -379,6 +379,12 @@ fn look(about: &DestinationAbout) -> copy::Found {
             command::kill_group(criu);
         }
     }
+    // A runtime's daemon, or its monitor, starts CRIU outside of that group.
+    if about.runtime.is_some()
+        && let Some(criu) = action::builder(&about.scene())
+    {
+        await_end(criu);
+    }
     if about.runtime.is_some()
         && let Some(root) = action::resumed(&about.scene())
     {
@@ -467,6 +473,9 @@ fn await_pids(about: &DestinationAbout) {
 }
 
 fn remove_place(about: &DestinationAbout) -> Result<(), String> {
+    if about.runtime.is_some() {
+        scripts::remove(&about.scene());
+    }
     // What cannot be seen from here is let go of by whoever holds it: the journal says so.
     let place = place_of(about).unwrap_or_default();
     for place in place.iter().chain(&about.work) {

@@ -70,5 +70,9 @@ fn sample_about() -> crate::handover::journal::SourceAbout {
         on_partition: crate::handover::OnPartition::Hold,
         partition_wait_ms: 0,
         bound: Vec::new(),
+        hook_addresses: Vec::new(),
+        hooks: Vec::new(),
+        hook_limit_ms: 0,
+        hooked: false,
     }
 }

@@ -9,6 +9,7 @@ use crate::handover::journal::{History, SourceAbout};
 use crate::handover::{
     Answer, Journal, Keep, Lease, OnPartition, SourceDuty, SourceState, Verdict,
 };
+use crate::hooks::{Environment, Hooks, Moment, Side};
 
 /// Between attempts to reach the destination.
 const RETRY: Duration = Duration::from_secs(1);
@@ -66,7 +67,13 @@ pub async fn finish_source(
             SourceDuty::EndTreeAndTell => finish.end_and_tell(history).await?,
             SourceDuty::AskOperator => Some(finish.undecided(&history).await),
             SourceDuty::EndTree => finish.end_tree(history).await?,
-            SourceDuty::TellAbort => finish.tell_abort(&history.about).await?,
+            SourceDuty::TellAbort => {
+                let reason = finish.abort_reason(&history);
+                finish
+                    .hook(&history.about, Moment::AfterAbort, reason)
+                    .await?;
+                finish.tell_abort(&history.about).await?
+            }
             SourceDuty::Nothing => Some(finish.over(&history)),
         };
         if let Some(outcome) = done {
@@ -171,6 +178,7 @@ impl<'a> Finish<'a> {
     ) -> Result<Option<SourceOutcome>, FinishError> {
         let about = history.about.clone();
         self.job(move || tree::end(&history.about)).await?;
+        self.hook(&about, Moment::AfterCommit, None).await?;
         self.journal.advance(SourceState::Over, "")?;
         if !self.has_met {
             // So that nobody there waits for this host. Nothing hangs on it.
@@ -179,6 +187,48 @@ impl<'a> Finish<'a> {
             let _ = tokio::time::timeout(COURTESY, meeting).await;
         }
         Ok(None)
+    }
+
+    /// Runs the hook of a `moment` that ends migrations, unless it has run. Its failure is a note.
+    async fn hook(
+        &mut self,
+        about: &SourceAbout,
+        moment: Moment,
+        reason: Option<String>,
+    ) -> Result<(), FinishError> {
+        if about.hooked || about.hooks.is_empty() {
+            return Ok(());
+        }
+        let about = about.clone();
+        let run = move || {
+            let hooks: Result<Vec<_>, _> = about.hooks.iter().map(|hook| hook.parse()).collect();
+            let limit = Duration::from_millis(about.hook_limit_ms);
+            let hooks = hooks.and_then(|hooks| Hooks::new(Side::Source, hooks, limit));
+            let hooks =
+                hooks.map_err(|error| format!("a hook in the journal cannot be read: {error}"))?;
+            let environment = Environment {
+                migration: about.name.clone(),
+                pid: about.tree.processes.first().map(|root| root.pid),
+                peer: about.addresses.first().map(|address| address.ip()),
+                addresses: about.hook_addresses.clone(),
+                images: None,
+                reason,
+            };
+            let run = hooks.run(moment, &environment);
+            run.map(drop).map_err(|error| error.to_string())
+        };
+        let ran = spawn_blocking(run).await.expect("a hook does not panic");
+        self.notes.extend(ran.err());
+        self.journal.note_quickly(|about| about.hooked = true)?;
+        Ok(())
+    }
+
+    fn abort_reason(&self, history: &History<SourceState>) -> Option<String> {
+        let decided = history.decided.as_ref();
+        Some(decided.map_or_else(
+            || "its crxfer has ended, or could not finish it".to_owned(),
+            |(_, by)| format!("decided by {by}"),
+        ))
     }
 
     async fn end_and_tell(

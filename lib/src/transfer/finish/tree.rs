@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use crate::criu::network_lock;
 use crate::handover::journal::SourceAbout;
 use crate::preflight::Stat;
-use crate::transfer::external::{action, command};
+use crate::transfer::external::{action, command, scripts};
 use crate::tree::{self, FenceError, Process, Tree, boot_id, within};
 
 /// How long a CRIU that has lost its caller may take to let the tree go by itself. It does that more
@@ -217,6 +217,7 @@ fn remove_images(about: &SourceAbout) {
     if let Some(root) = about.tree.processes.first() {
         action::unregister(root.pid, &about.work);
     }
+    scripts::remove(&about.work);
     let _ = fs::remove_dir_all(pre_dumps(&about.work));
     let _ = fs::remove_dir_all(&about.work);
 }

@@ -32,7 +32,7 @@ use crate::runtime::DumpCommand;
 use crate::transfer::clock::Clock;
 use crate::transfer::external::action::POINTER;
 use crate::transfer::external::memory::{Door, DoorKeeper, Memory};
-use crate::transfer::external::{action, command};
+use crate::transfer::external::{action, command, scripts};
 use crate::transfer::pause;
 use crate::tree::{Process, Tree, hold};
 
@@ -139,6 +139,7 @@ impl Drop for DumpPlace {
     fn drop(&mut self) {
         if let Some(root) = self.registered {
             action::unregister(root, &self.root);
+            scripts::remove(&self.root);
         }
         let _ = fs::remove_dir_all(self.images());
         if !self.keep_logs {
@@ -237,11 +238,7 @@ pub(super) struct Prepared {
 /// Starts CRIU and lets it look around, so that none of that is left for the freeze.
 pub(super) fn prepare(program: &Path) -> Result<Prepared, CriuError> {
     let pair = page_client::socket_pair();
-    let (socket, theirs) = pair.map_err(|source| CriuError::Io {
-        pid: 0,
-        action: "make a socket for memory",
-        source,
-    })?;
+    let (socket, theirs) = pair.map_err(CriuError::io("make a socket for memory"))?;
     let mut worker = Worker::start(program, Some(theirs), None)?;
     let probe = worker.probe()?;
     // CRIU looks at its own socket only at a stage, at this one while it dumps memory.
@@ -307,15 +304,8 @@ pub(super) fn ready(job: &Job, dumper: Dumper) -> Result<Ready, CriuError> {
         Dumper::Own(Prepared { worker, socket, .. }) => return Ok(Ready::Own(worker, socket)),
         Dumper::Command(dump) => dump,
     };
-    let failed = |action| {
-        move |source| CriuError::Io {
-            pid: 0,
-            action,
-            source,
-        }
-    };
-    let door = Door::open().map_err(failed("listen for memory"))?;
-    let address = door.address().map_err(failed("listen for memory"))?;
+    let door = Door::open().map_err(CriuError::io("listen for memory"))?;
+    let address = door.address().map_err(CriuError::io("listen for memory"))?;
     let variables = vec![
         ("CRXFER_PID", job.pid.to_string()),
         ("CRXFER_NAME", job.name.clone()),
@@ -332,7 +322,7 @@ pub(super) fn ready(job: &Job, dumper: Dumper) -> Result<Ready, CriuError> {
         variables,
         &dump.action,
     )?;
-    action::register(job.pid, &job.work).map_err(failed("note where action scripts ask"))?;
+    action::register(job.pid, &job.work).map_err(CriuError::io("note where action scripts ask"))?;
     Ok(Ready::Command(external, door))
 }
 

@@ -65,6 +65,11 @@ impl Records {
         self.journal.note(|known| *known = about)
     }
 
+    /// The hook that ends a migration has run.
+    pub(super) fn hooked(&self) -> Result<(), JournalError> {
+        self.learn(|about| about.hooked = true)
+    }
+
     /// Which process of CRIU will dump.
     pub(super) fn dumps_by(&self, criu: Option<Process>) -> Result<(), JournalError> {
         self.learn(|about| about.criu = criu)
@@ -153,6 +158,10 @@ mod tests {
             on_partition: OnPartition::Hold,
             partition_wait_ms: 0,
             bound: Vec::new(),
+            hook_addresses: Vec::new(),
+            hooks: Vec::new(),
+            hook_limit_ms: 0,
+            hooked: false,
         };
         assert!(!still_held(&about));
         // It is there, and traces nobody.

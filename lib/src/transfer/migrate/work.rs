@@ -48,8 +48,10 @@ impl Work {
         let Some(sink) = in_memory.filter(|sink| sink.kind() == SinkKind::Memory) else {
             return;
         };
-        // The kernel names a file in it from the root of its file system.
-        let inside = sink.path().join(log.strip_prefix("/").unwrap_or(log));
+        // The kernel names a file in it from the root of its file system; a command's is named in full.
+        let below = log.strip_prefix(sink.path());
+        let below = below.or_else(|_| log.strip_prefix("/")).unwrap_or(log);
+        let inside = sink.path().join(below);
         let Some(file_name) = inside.file_name() else {
             return;
         };
@@ -85,9 +87,14 @@ mod tests {
         let link = fs::read_link(format!("/proc/self/fd/{number}")).expect("a link");
         let mut log = link.join("dump.log");
         work.keep_log(&mut log, "id");
+        // As a command's is named.
+        let mut of_command = root.join("dump.log");
+        work.keep_log(&mut of_command, "other");
         drop((opened, work));
         assert_eq!(log, directory.path().join("id/dump.log"));
+        assert_eq!(of_command, directory.path().join("other/dump.log"));
         assert_eq!(fs::read(&log).expect("kept"), b"Error");
+        assert_eq!(fs::read(&of_command).expect("kept"), b"Error");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::session::SessionError;
 use crate::standby::{self, Standby, StandbyError};
 use crate::transfer::TransferError;
 use crate::transfer::clock::nanos;
+use crate::transfer::external::scripts;
 use crate::transport::{BulkReceiver, Connection, TransportError};
 use crate::wire::{
     FrameHeader, HEADER_LEN, Op, RecordKind, StreamNote, WireError, decode_page_ops, limits,
@@ -187,6 +188,9 @@ impl Drop for Place {
     fn drop(&mut self) {
         if !self.owned {
             return;
+        }
+        if let Some(scene) = self.work.parent() {
+            scripts::remove(scene);
         }
         for path in [&self.path, &self.work] {
             if let Err(error) = std::fs::remove_dir_all(path)

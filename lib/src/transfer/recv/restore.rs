@@ -273,13 +273,8 @@ fn hold(
     criu: CriuOptions,
     decide: &mut dyn FnMut(Stage, Option<u32>) -> Verdict,
 ) -> Result<u32, CriuError> {
-    let open = |path: &Path| {
-        File::open(path).map_err(|source| CriuError::Io {
-            pid: 0,
-            action: "open the directory of the images",
-            source,
-        })
-    };
+    let open =
+        |path: &Path| File::open(path).map_err(CriuError::io("open the directory of the images"));
     let worker = match builder {
         Builder::Own(worker) => worker,
         Builder::Command(external) => return hold_command(external, images, work, decide),
@@ -299,11 +294,7 @@ fn hold_command(
     let socket = place.join(SOCKET_NAME);
     // A runtime's daemon does not pass variables on to CRIU's script, but the images.
     let written = std::fs::write(images.join(POINTER), socket.as_os_str().as_encoded_bytes());
-    written.map_err(|source| CriuError::Io {
-        pid: 0,
-        action: "write into the directory of the images",
-        source,
-    })?;
+    written.map_err(CriuError::io("write into the directory of the images"))?;
     let (mut root, mut is_released) = (None, false);
     external.run(&mut |report| {
         root = report.root.or(root);

@@ -114,7 +114,7 @@ fn nothing_is_decided_about_what_cannot_be_seen() {
     for verdict in [Verdict::Ask, Verdict::Commit] {
         let error = finish_destination(&journal, &lease, verdict).expect_err("unseen");
         assert!(
-            error.to_string().contains("another pid namespace"),
+            error.to_string().contains("from their pid namespace"),
             "{error}"
         );
     }

@@ -283,3 +283,40 @@ fn the_journal_stays_while_the_network_lock_cannot_be_removed() {
     assert_eq!(clear_source(journal).ok(), Some(true));
     assert!(open().is_none());
 }
+
+#[tokio::test]
+async fn the_last_hook_runs_once_whoever_ends_the_migration() {
+    let place = tempfile::tempdir().expect("a directory");
+    let said = place.path().join("said");
+    let hooks = |about: &mut SourceAbout| {
+        let line = format!("echo $CRXFER_MOMENT $CRXFER_MIGRATION >>{}", said.display());
+        about.hooks = vec![
+            format!("after-abort={line}"),
+            format!("after-commit={line}"),
+        ];
+        about.hook_limit_ms = 5000;
+    };
+    let mut kept = Stage::new(hooks);
+    for _ in 0..2 {
+        let outcome = kept.finish(Duration::ZERO).await;
+        assert!(matches!(outcome, SourceOutcome::Kept { .. }), "{outcome:?}");
+    }
+    let text = || std::fs::read_to_string(&said).expect("it has run");
+    assert_eq!(text(), "after-abort sample\n");
+    kept.child.kill().expect("ours");
+
+    let moved = Stage::new(hooks).at(&[
+        SourceState::Freezing,
+        SourceState::Fencing,
+        SourceState::Committed,
+        SourceState::Moved,
+    ]);
+    for _ in 0..2 {
+        let outcome = moved.finish(Duration::ZERO).await;
+        assert!(
+            matches!(outcome, SourceOutcome::Moved { .. }),
+            "{outcome:?}"
+        );
+    }
+    assert_eq!(text(), "after-abort sample\nafter-commit sample\n");
+}

@@ -22,9 +22,9 @@ const ABORT_TIME: Duration = Duration::from_secs(10);
 
 impl Driver<'_> {
     /// Ends the migration early, with the workload where it belongs.
-    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     ///
     /// Succeeds where it was in doubt, and the workload then runs at the destination.
+    #[expect(clippy::disallowed_methods, reason = "a driver reads the clock")]
     pub(super) async fn give_up(&mut self, mut error: MigrateError) -> Result<(), MigrateFailure> {
         self.may_stop = false;
         // Nothing is expected of an iteration any more.
@@ -70,10 +70,10 @@ impl Driver<'_> {
         {
             place.keep_logs();
         }
-        if let (MigrateError::Criu(CriuError::Failed(failure)), Some(work)) =
-            (&mut error, &self.work)
+        if let (MigrateError::Criu(failure), Some(work)) = (&mut error, &self.work)
+            && let Some(log) = failure.log()
         {
-            work.keep_log(&mut failure.log, &self.id.to_string());
+            work.keep_log(log, &self.id.to_string());
         }
         Err(MigrateFailure {
             error,
@@ -89,6 +89,14 @@ impl Driver<'_> {
         let hooks = self.options.hooks.clone();
         let running = spawn_blocking(move || hooks.run(hooks::Moment::AfterAbort, &environment));
         if let Ok(Err(error)) = running.await {
+            self.emit(MigrateEvent::Warning(error.to_string()));
+        }
+        self.note_hooked();
+    }
+
+    /// Whoever goes on after this process must not run the last hook again.
+    pub(super) fn note_hooked(&mut self) {
+        if let Some(Err(error)) = self.record.as_ref().map(|record| record.hooked()) {
             self.emit(MigrateEvent::Warning(error.to_string()));
         }
     }
@@ -107,12 +115,6 @@ impl Driver<'_> {
         match self.settle(&error).await {
             Some(SourceOutcome::Moved { pid, notes }) => {
                 self.moved_late(pid, notes);
-                // Not as a job of the session: that one has ended, and would take the hook along.
-                if let Some(hook) = self.start_hook(hooks::Moment::AfterCommit)
-                    && let Ok(Err(error)) = hook.await
-                {
-                    self.report.notes.push(error.to_string());
-                }
                 let note = self.close_record(true).await;
                 self.report.notes.extend(note);
                 Ok(())
@@ -121,7 +123,6 @@ impl Driver<'_> {
                 for note in notes {
                     self.emit(MigrateEvent::Warning(note));
                 }
-                self.aborted(error.to_string()).await;
                 self.close_record(told).await;
                 Err(failed(error, Owner::Source, told))
             }

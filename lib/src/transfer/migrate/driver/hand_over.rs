@@ -297,6 +297,8 @@ impl Driver<'_> {
     }
 
     pub(super) async fn after_commit(&mut self) -> Result<(), MigrateError> {
-        self.hook(hooks::Moment::AfterCommit).await
+        let run = self.hook(hooks::Moment::AfterCommit).await;
+        self.note_hooked();
+        run
     }
 }

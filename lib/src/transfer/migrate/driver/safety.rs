@@ -101,6 +101,11 @@ impl Driver<'_> {
             } else {
                 Vec::new()
             },
+            hook_addresses: facts.addresses(),
+            hooks: options.hooks.commands(),
+            hook_limit_ms: u64::try_from(options.hooks.time_limit().as_millis())
+                .unwrap_or(u64::MAX),
+            hooked: false,
         };
         let (journal, lease) = Journal::create(&state, self.id, about.clone())?;
         if let Err(error) = options.identity.save(&about.identity) {

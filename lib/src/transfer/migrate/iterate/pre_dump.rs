@@ -135,8 +135,9 @@ impl PreDumps {
         }
         let number = pass.number;
         let directory = self.place.root.join(number.to_string());
-        fs::create_dir(&directory).map_err(io("make a directory for the pre-dump"))?;
-        let images = File::open(&directory).map_err(io("open the directory of the pre-dump"))?;
+        fs::create_dir(&directory).map_err(CriuError::io("make a directory for the pre-dump"))?;
+        let images =
+            File::open(&directory).map_err(CriuError::io("open the directory of the pre-dump"))?;
         let options = PreDumpOptions {
             pid: self.setup.pid,
             images: images.as_fd(),
@@ -262,14 +263,6 @@ impl PrecopySource for PreDumps {
 
 fn directory_name(name: &str) -> String {
     format!("{name}.pre-dumps")
-}
-
-fn io(action: &'static str) -> impl FnOnce(std::io::Error) -> CriuError {
-    move |source| CriuError::Io {
-        pid: 0,
-        action,
-        source,
-    }
 }
 
 /// How long CRIU says that the tree stood still.

@@ -187,15 +187,16 @@ impl Driver<'_> {
     }
 
     // The operator needs it; the directory it is in will be gone.
-    fn with_kept_log(&self, error: CriuError) -> CriuError {
-        let CriuError::Failed(mut failure) = error else {
+    fn with_kept_log(&self, mut error: CriuError) -> CriuError {
+        let Some(log) = error.log() else {
             return error;
         };
         let kept = self.shared.store.home_path("restore.log");
-        match fs::rename(&failure.log, &kept) {
-            Ok(()) => failure.log = kept,
-            Err(error) => tracing::warn!("cannot keep {}: {error}", failure.log.display()),
+        // It may be on another file system.
+        match fs::copy(&*log, &kept) {
+            Ok(_) => *log = kept,
+            Err(error) => tracing::warn!("cannot keep {}: {error}", log.display()),
         }
-        CriuError::Failed(failure)
+        error
     }
 }
