@@ -25,7 +25,8 @@ use super::finish::{
 use super::pause;
 use super::recv::stand_in::{self, StandIn};
 use crate::handover::{
-    DestinationState, Journal, JournalError, Lease, SourceState, Verdict, journal::State,
+    DestinationState, Journal, JournalError, Lease, SourceState, Verdict,
+    journal::{History, State},
 };
 use crate::sink::Holder;
 use crate::transport;
@@ -219,7 +220,7 @@ async fn look_after<S: Guarded>(
         // A tree that stands still comes before anybody's tidiness, which may wait for another host.
         listed.sort_by_cached_key(|id| {
             let journal = Journal::<S>::open(state, *id).ok().flatten();
-            !journal.is_some_and(|journal| journal.read().is_ok_and(|it| S::is_urgent(it.state())))
+            !journal.is_some_and(|journal| journal.read().is_ok_and(|it| S::is_urgent(&it)))
         });
         for id in listed {
             if settled.contains(&id) {
@@ -314,7 +315,7 @@ trait Guarded: State {
     }
 
     /// Whether a workload may be standing still.
-    fn is_urgent(state: Self) -> bool;
+    fn is_urgent(history: &History<Self>) -> bool;
 
     /// Whether somebody may still want the images of that migration.
     fn needs_images(_state: &Path, _id: MigrationId) -> bool {
@@ -336,9 +337,11 @@ trait Guarded: State {
 }
 
 impl Guarded for SourceState {
-    fn is_urgent(state: Self) -> bool {
-        // A tree that was given away waits for the other host, one that was kept runs.
-        !matches!(state, Self::Committed | Self::Kept | Self::Over)
+    fn is_urgent(history: &History<Self>) -> bool {
+        // A tree that was given away waits for the other host, one that was kept runs. One whose
+        // processes are gone stands still for nobody, and may take long to be decided about.
+        !matches!(history.state(), Self::Committed | Self::Kept | Self::Over)
+            && !history.about.tree.left().is_empty()
     }
 
     async fn finish(
@@ -377,8 +380,8 @@ impl Guarded for SourceState {
 }
 
 impl Guarded for DestinationState {
-    fn is_urgent(state: Self) -> bool {
-        state == Self::Resuming
+    fn is_urgent(history: &History<Self>) -> bool {
+        history.state() == Self::Resuming
     }
 
     fn needs_images(state: &Path, id: MigrationId) -> bool {
