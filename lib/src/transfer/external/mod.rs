@@ -11,9 +11,9 @@
 //! ```
 //!
 //! - [`action`]: that last line, both ends of it.
-//! - [`command`]: the command, from its start to its end.
-//! - [`memory`]: where its memory comes from.
-//! - [`scripts`]: where the script is that CRIU runs.
+//! - `command`: the command, from its start to its end.
+//! - `memory`: where its memory comes from.
+//! - `scripts`: where the script is that CRIU runs.
 
 pub mod action;
 pub(in crate::transfer) mod command;

@@ -89,8 +89,13 @@ impl Poller {
         copy(&self.direct)
     }
 
-    /// Fails unless, for the next half second, `side` answers all the time and the other never.
+    /// Waits for an answer, then fails unless, for the next half second, `side` answers and the other
+    /// never. How long nobody answered is what the timelines tell.
     pub(crate) fn ensure_only(&self, side: Side) -> Result<()> {
+        let before = self.service().len();
+        run::wait_for("the service to answer", Duration::from_secs(10), || {
+            (self.service().len() > before).then_some(())
+        })?;
         let begin = self.now();
         thread::sleep(Duration::from_millis(500));
         self.service()

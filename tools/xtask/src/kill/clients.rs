@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::hosts::{Background, Host, Network, SERVICE};
 use crate::run;
@@ -113,8 +113,8 @@ pub(super) trait Witness: Send + std::fmt::Debug {
     fn breaks_since(&self, begin: Instant) -> Vec<String>;
     /// The longest time in which nothing was acknowledged since that was last asked for.
     fn take_standstill(&self) -> Duration;
-    /// Asks over each idle connection, which must all answer. Makes those anew that do not.
-    fn wake_idle(&mut self, network: &Network) -> Result<()>;
+    /// Asks over each idle connection. Makes those anew that do not answer, and gives what was wrong.
+    fn wake_idle(&mut self, network: &Network) -> Result<Vec<String>>;
     /// Whether the service answers on `host` itself, with right data: `Err` says what it did instead.
     fn answers_on(&self, host: &Host, limit: Duration) -> Result<()>;
     /// Compares everything on `host` itself. Only at rest.
@@ -231,7 +231,7 @@ impl<T: Talk> Witness for Clients<T> {
             .with_standstill(|standstill| std::mem::take(&mut standstill.longest))
     }
 
-    fn wake_idle(&mut self, network: &Network) -> Result<()> {
+    fn wake_idle(&mut self, network: &Network) -> Result<Vec<String>> {
         let mut broken = Vec::new();
         for number in 0..self.idle.len() {
             if let Err(error) = self.talk.look(&mut self.idle[number]) {
@@ -239,10 +239,7 @@ impl<T: Talk> Witness for Clients<T> {
                 self.idle[number] = self.connect_idle(network)?;
             }
         }
-        match broken.is_empty() {
-            true => Ok(()),
-            false => bail!("idle connections broke: {}", broken.join("; ")),
-        }
+        Ok(broken)
     }
 
     fn answers_on(&self, host: &Host, limit: Duration) -> Result<()> {

@@ -123,7 +123,11 @@ pub(super) fn clients(
         may_break || breaks.is_empty(),
         "connections broke: {breaks:?}"
     );
-    ground.clients.wake_idle(&ground.network)?;
+    let idle = ground.clients.wake_idle(&ground.network)?;
+    ensure!(
+        may_break || idle.is_empty(),
+        "idle connections broke: {idle:?}"
+    );
     ground
         .clients
         .serves(&ground.network)
@@ -135,7 +139,7 @@ pub(super) fn clients(
     if let Some(watch) = &ground.watch {
         watch.never_two(ground.at)?;
     }
-    Ok(breaks.len())
+    Ok(breaks.len() + idle.len())
 }
 
 impl Fault {
