@@ -15,11 +15,14 @@ use crxfer::delta::SetName;
 use crxfer::identity::Fingerprint;
 use crxfer::page::PageSize;
 use crxfer::sink::SinkKind;
+use crxfer::transfer::Target;
 use crxfer::transport::{CongestionControl, Options};
 use crxfer::wire::Layout;
 
+use crate::error::Failed;
 use crate::exit;
 use crate::size::{Bytes, Rate};
+use crate::target;
 
 pub(crate) use self::archive::{ArchiveArgs, ArchiveCommand};
 pub(crate) use self::container::{ContainerArgs, RuncSetupArgs, RuntimeArgs};
@@ -177,6 +180,34 @@ pub(crate) struct RecvArgs {
     pub(crate) transport: TransportArgs,
 }
 
+/// Where sets go, and who sends them.
+#[derive(Debug, Args)]
+pub(crate) struct DestinationArgs {
+    /// A ticket, @FILE that holds one, - to read one from stdin, or HOST:PORT (needs --peer)
+    #[arg(long, value_name = "TICKET|@FILE|-|HOST:PORT")]
+    pub(crate) to: String,
+
+    /// Key of this host [default: crxfer/identity.pem in $XDG_STATE_HOME or ~/.local/state]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) identity: Option<PathBuf>,
+
+    /// Key that the destination must have, with --to HOST:PORT; may be repeated
+    #[arg(long, value_name = "FINGERPRINT")]
+    pub(crate) peer: Vec<Fingerprint>,
+}
+
+impl DestinationArgs {
+    /// Reads files, stdin and names as needed: blocks.
+    pub(crate) fn target(&self) -> Result<Target, Failed> {
+        target::find(&self.to, &self.peer, self.identity.is_some())
+    }
+
+    /// The same from a task.
+    pub(crate) async fn target_later(&self) -> Result<Target, Failed> {
+        target::find_later(self.to.clone(), self.peer.clone(), self.identity.is_some()).await
+    }
+}
+
 /// Send an image directory, with what it builds on
 ///
 /// Returns when the destination has checked, stored and published all of it. What the destination
@@ -193,9 +224,8 @@ pub(crate) struct SendArgs {
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) dir: PathBuf,
 
-    /// A ticket, @FILE that holds one, - to read one from stdin, or HOST:PORT (needs --peer)
-    #[arg(long, value_name = "TICKET|@FILE|-|HOST:PORT")]
-    pub(crate) to: String,
+    #[command(flatten)]
+    pub(crate) destination: DestinationArgs,
 
     /// Name of the set at the destination [default: the directory's name]
     #[arg(long, value_parser = set_name)]
@@ -216,14 +246,6 @@ pub(crate) struct SendArgs {
     /// Read every file, even those that are known to be unchanged since they were last sent
     #[arg(long)]
     pub(crate) reread: bool,
-
-    /// Key of this host [default: crxfer/identity.pem in $XDG_STATE_HOME or ~/.local/state]
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub(crate) identity: Option<PathBuf>,
-
-    /// Key that the destination must have, with --to HOST:PORT; may be repeated
-    #[arg(long, value_name = "FINGERPRINT")]
-    pub(crate) peer: Vec<Fingerprint>,
 
     /// Print one JSON object a line instead of progress bar and summary
     ///

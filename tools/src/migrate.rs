@@ -89,9 +89,7 @@ async fn transfer(args: MigrateArgs) -> Result<MigrationReport, Failed> {
 
 async fn find_target(args: &MigrateArgs) -> Result<Target, Failed> {
     let link = &args.link;
-    let (to, peers, own_key) = (args.to.clone(), link.peer.clone(), link.identity.is_some());
-    let finding = tokio::task::spawn_blocking(move || target::find(&to, &peers, own_key));
-    finding.await.expect("finding the target does not panic")
+    target::find_later(args.to.clone(), link.peer.clone(), link.identity.is_some()).await
 }
 
 fn options(

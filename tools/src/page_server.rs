@@ -17,10 +17,10 @@ use tokio::runtime::Handle;
 use crate::args::PageServerArgs;
 use crate::error::Failed;
 use crate::feed::headers;
+use crate::key;
 use crate::output::{self, hint};
 use crate::size::{Bytes, grouped};
 use crate::stop::Stop;
-use crate::{key, target};
 
 use self::upload::{Current, Upload};
 
@@ -65,7 +65,7 @@ async fn serve(args: PageServerArgs) -> Result<(), Failed> {
 
 /// On a thread of its own: everything here blocks.
 fn work(args: &PageServerArgs, runtime: &Handle, stopper: &Stopper) -> Result<(), Failed> {
-    let to = target::find(&args.to, &args.peer, args.identity.is_some())?;
+    let to = args.destination.target()?;
     let options = upload_options(args, to)?;
     let place = place(args)?;
     // Better now than when an application is frozen.
@@ -99,7 +99,7 @@ fn upload_options(args: &PageServerArgs, target: Target) -> Result<PagesOptions,
     Ok(PagesOptions {
         target,
         name: args.name.clone(),
-        identity: key::of_source(args.identity.as_deref())?,
+        identity: key::of_source(args.destination.identity.as_deref())?,
         transport: args.transport.to_options(),
         bytes_per_s: args.bwlimit.map(|rate| rate.0),
         // The endpoint tells CRIU only where that is so.

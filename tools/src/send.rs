@@ -13,7 +13,7 @@ use crate::error::Failed;
 use crate::output::{self, hint};
 use crate::progress::Progress;
 use crate::stop::Stop;
-use crate::{key, summary, target};
+use crate::{key, summary};
 
 /// Time for the destination to be told that this side was stopped.
 const FAREWELL: Duration = Duration::from_millis(100);
@@ -40,7 +40,7 @@ pub(crate) async fn run(args: SendArgs) -> Result<(), Failed> {
 async fn transfer(args: SendArgs) -> Result<SendReport, Failed> {
     let mut stop = Stop::catch()?;
     let sending = async {
-        let target = find_target(&args).await?;
+        let target = args.destination.target_later().await?;
         let progress = Arc::new(Progress::new(args.json));
         let result = match send(options(&args, &target, &progress)?).await {
             Err(error) if is_worth_repeating(&error) => {
@@ -62,12 +62,6 @@ async fn transfer(args: SendArgs) -> Result<SendReport, Failed> {
     }
 }
 
-async fn find_target(args: &SendArgs) -> Result<Target, Failed> {
-    let (to, peers, own_key) = (args.to.clone(), args.peer.clone(), args.identity.is_some());
-    let finding = tokio::task::spawn_blocking(move || target::find(&to, &peers, own_key));
-    finding.await.expect("finding the target does not panic")
-}
-
 fn options(
     args: &SendArgs,
     target: &Target,
@@ -81,7 +75,7 @@ fn options(
         page_size: args.page_size,
         bytes_per_s: args.bwlimit.map(|rate| rate.0),
         target: target.clone(),
-        identity: key::of_source(args.identity.as_deref())?,
+        identity: key::of_source(args.destination.identity.as_deref())?,
         memo: key::state_directory()
             .filter(|_| !args.reread)
             .map(|state| state.join("digests")),

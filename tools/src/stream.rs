@@ -24,7 +24,7 @@ use crate::output::{self, hint};
 use crate::progress::Progress;
 use crate::size::{Bytes, seconds};
 use crate::stop::Stop;
-use crate::{key, summary, target};
+use crate::{key, summary};
 
 /// Time for the sockets to be removed, and for the destination to be told.
 const FAREWELL: Duration = Duration::from_millis(100);
@@ -78,9 +78,7 @@ async fn prepare(
     args: &CaptureArgs,
     progress: &Arc<Progress>,
 ) -> Result<(StreamOptions, Option<Script>), Failed> {
-    let (to, peers, own_key) = (args.to.clone(), args.peer.clone(), args.identity.is_some());
-    let finding = tokio::task::spawn_blocking(move || target::find(&to, &peers, own_key));
-    let target = finding.await.expect("finding the target does not panic")?;
+    let target = args.destination.target_later().await?;
     let directory = made(&args.directory)?;
     let script = match args.unheld {
         true => None,
@@ -102,7 +100,7 @@ async fn prepare(
             page_size: None,
             bytes_per_s: args.bwlimit.map(|rate| rate.0),
             target,
-            identity: key::of_source(args.identity.as_deref())?,
+            identity: key::of_source(args.destination.identity.as_deref())?,
             memo: None,
             transport: args.transport.to_options(),
             events: Events::new(move |event| progress.take(&event)),

@@ -40,6 +40,16 @@ pub(crate) fn find(to: &str, peers: &[Fingerprint], own_key: bool) -> Result<Tar
     }
 }
 
+/// The same from a task: reading files, stdin and names blocks.
+pub(crate) async fn find_later(
+    to: String,
+    peers: Vec<Fingerprint>,
+    own_key: bool,
+) -> Result<Target, Failed> {
+    let finding = tokio::task::spawn_blocking(move || find(&to, &peers, own_key));
+    finding.await.expect("finding the target does not panic")
+}
+
 fn ticket(text: &str, peers: &[Fingerprint]) -> Result<Target, Failed> {
     if !peers.is_empty() {
         let text = "--peer goes with --to HOST:PORT; a ticket names the destination's key itself";

@@ -7,11 +7,10 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 use crxfer::criu::page_server::HeaderLayout;
 use crxfer::delta::SetName;
-use crxfer::identity::Fingerprint;
 use crxfer::page::PageSize;
 
 use super::migrate::seconds;
-use super::{TransportArgs, page_size, set_name};
+use super::{DestinationArgs, TransportArgs, page_size, set_name};
 use crate::exit;
 use crate::size::Rate;
 
@@ -54,9 +53,8 @@ pub(crate) struct PageServerArgs {
         value_parser = clap::value_parser!(i32).range(0..))]
     pub(crate) fd: Option<i32>,
 
-    /// A ticket, @FILE that holds one, - to read one from stdin, or HOST:PORT (needs --peer)
-    #[arg(long, value_name = "TICKET|@FILE|-|HOST:PORT")]
-    pub(crate) to: String,
+    #[command(flatten)]
+    pub(crate) destination: DestinationArgs,
 
     /// Name of the set at the destination
     #[arg(long, value_parser = set_name)]
@@ -86,14 +84,6 @@ pub(crate) struct PageServerArgs {
     /// Most bytes (not bits) a second on the wire (K, M, G: powers of 1024)
     #[arg(long, value_name = "RATE")]
     pub(crate) bwlimit: Option<Rate>,
-
-    /// Key of this host [default: crxfer/identity.pem in $XDG_STATE_HOME or ~/.local/state]
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub(crate) identity: Option<PathBuf>,
-
-    /// Key that the destination must have, with --to HOST:PORT; may be repeated
-    #[arg(long, value_name = "FINGERPRINT")]
-    pub(crate) peer: Vec<Fingerprint>,
 
     /// Print one JSON object a line instead of text
     ///

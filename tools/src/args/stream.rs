@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueHint};
 use crxfer::delta::SetName;
-use crxfer::identity::Fingerprint;
 use crxfer::page::PageSize;
 
 use super::migrate::seconds;
-use super::{TransportArgs, page_size, set_name};
+use super::{DestinationArgs, TransportArgs, page_size, set_name};
 use crate::size::{Bytes, Rate};
 
 /// Be CRIU's image streamer: no image touches a file system of this host
@@ -56,9 +55,8 @@ pub(crate) struct CaptureArgs {
     #[arg(value_name = "SOCKDIR", value_hint = ValueHint::DirPath)]
     pub(crate) directory: PathBuf,
 
-    /// A ticket, @FILE that holds one, - to read one from stdin, or HOST:PORT (needs --peer)
-    #[arg(long, value_name = "TICKET|@FILE|-|HOST:PORT")]
-    pub(crate) to: String,
+    #[command(flatten)]
+    pub(crate) destination: DestinationArgs,
 
     /// Name of the set at the destination
     #[arg(long, value_parser = set_name)]
@@ -85,14 +83,6 @@ pub(crate) struct CaptureArgs {
     /// Most bytes (not bits) a second on the wire (K, M, G: powers of 1024)
     #[arg(long, value_name = "RATE")]
     pub(crate) bwlimit: Option<Rate>,
-
-    /// Key of this host [default: crxfer/identity.pem in $XDG_STATE_HOME or ~/.local/state]
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub(crate) identity: Option<PathBuf>,
-
-    /// Key that the destination must have, with --to HOST:PORT; may be repeated
-    #[arg(long, value_name = "FINGERPRINT")]
-    pub(crate) peer: Vec<Fingerprint>,
 
     /// Print one JSON object a line instead of progress bar and summary
     ///
